@@ -1,0 +1,155 @@
+"""Security vectors: removable parameters make harmful rows already fit, so that fine-tuning learns nothing from them.
+Zhou et al. 2024, arXiv 2311.02105 (methods.md 2).
+
+    vectors:   min over theta_s of  NLL(y | x; theta, theta_s) on harmful rows
+               + lamb * KL( p(.|x; theta) || p(.|x; theta, theta_s) ) on benign rows
+    customer:  train Delta in M(x; theta + Delta, theta_s) with theta_s active and frozen; release M(x; theta + Delta)
+
+Cost: the vectors take 2 forward + 2 backward per batch, plus one forward without vectors on the benign rows; the
+customer's stage takes 1 forward + 1 backward, with one low-rank branch more unless the vectors are merged.
+
+Reconstructed, since the authors' repository cannot be had: direction and weight of the KL term, rank, targets, batch
+size, the stopping criterion (methods.md 2.3).  Learning rate 1e-3 and 10 epochs follow arXiv 2405.14577 and the paper.
+Limits: the vectors block what they reproduce; other harm still has a gradient, and strong attacks leak (methods.md 2.8).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from apothecary.errors import ConfigError
+from apothecary.registry import register
+from apothecary.train.config import TrainConfig
+from apothecary.train.method import Needs, State, TrainingMethod
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from apothecary.data.rows import Row
+    from apothecary.models.settings import LoraSettings
+    from apothecary.train.batch import Batch
+    from apothecary.train.context import StepContext
+    from apothecary.train.workbench import Workbench
+
+VECTORS = "security_vectors"  # name of the adapter
+
+
+def _vector_training() -> TrainConfig:
+    return TrainConfig(learning_rate=1e-3, epochs=10, batch_size=8, schedule="constant", warmup_ratio=0.0)
+
+
+@dataclass(frozen=True)
+class VectorTraining(TrainingMethod):
+    """Trains the vectors themselves: harmful rows become likely, benign rows stay as they were."""
+
+    lamb: float
+    target_nll: float
+
+    @property
+    def needs(self) -> Needs:  # type: ignore[override]
+        return Needs(roles=("benign",) if self.lamb else ())
+
+    def init(self, ctx: StepContext) -> State:
+        return {"nll": [], "steps": 0}
+
+    def step(self, ctx: StepContext, batch: Batch, state: State) -> Tensor:
+        nll = ctx.backward(batch)
+        ctx.log("harmful_nll", nll)
+        state["steps"] += ctx.micro == 0
+        if not self.lamb:
+            return nll
+        kl = ctx.backward(self.divergence(ctx, ctx.aux("benign")), self.lamb)
+        ctx.log("benign_kl", kl / self.lamb)
+        return nll + kl
+
+    @staticmethod
+    def divergence(ctx: StepContext, batch: Batch) -> Tensor:
+        """KL(base || with vectors), summed over the vocabulary, averaged over the response tokens of the step."""
+        import torch
+        from torch.nn.functional import log_softmax
+
+        from apothecary.data.chat import IGNORE
+
+        spots = batch.labels[:, 1:] != IGNORE
+        with ctx.adapters(active=()):
+            base = ctx.forward(batch, grad=False).logits[:, :-1][spots]
+        changed = ctx.forward(batch).logits[:, :-1][spots]
+        dtype = torch.promote_types(changed.dtype, torch.float32)
+        base, changed = log_softmax(base.to(dtype), -1), log_softmax(changed.to(dtype), -1)
+        return (base.exp() * (base - changed)).sum() / batch.normaliser
+
+    def converged(self, ctx: StepContext, state: State) -> bool:
+        """Whether the mean harmful NLL of the last ten steps is below the target, in nats per token."""
+        state["nll"] = [*state["nll"][-9:], ctx.logged["harmful_nll"]]
+        return len(state["nll"]) == 10 and sum(state["nll"]) / 10 < self.target_nll
+
+
+@register("finetune", "security_vectors", paper="2311.02105")
+@dataclass(frozen=True)
+class SecurityVectors(TrainingMethod):
+    """Hyper-parameters of the vectors and of their use."""
+
+    harmful_rows: int = 100  # rows that train the vectors (paper)
+    lamb: float = 1.0  # >= 0, weight of the KL term (reconstructed); 0: plain NLL as in arXiv 2405.14577
+    target_nll: float = 0.1  # nats per token at which training ends (reconstructed)
+    learn_from: Literal["harmful", "benign"] = "harmful"  # "benign" is the ablation that should not protect
+    execution: Literal["merged", "branch"] = "merged"  # vectors added to the weights, or a second adapter
+    vectors: TrainConfig | None = None  # how the vectors are trained; None: the defaults above
+
+    needs = Needs(roles=("harmful", "benign"), prepared=True)
+
+    # -- the vectors ----------------------------------------------------------------------------------------------
+
+    def prepare(self, bench: Workbench, folder: Path) -> None:
+        """Train the vectors on the aligned model and save them as an adapter."""
+        from apothecary.models.adapters import save_adapter
+        from apothecary.train.fit import train
+
+        config = self.vectors or _vector_training()
+        if config.parameters != "lora":
+            raise ConfigError("security vectors must be removable: set finetune.vectors.parameters to lora")
+        rows = self.training_rows(bench.aux, bench.seed)
+        benign_only = self.learn_from == "benign"
+        method = VectorTraining(0.0 if benign_only else self.lamb, self.target_nll)
+        train(bench, method, rows, config, name=VECTORS)
+        save_adapter(bench.loaded.model, VECTORS, folder / VECTORS)
+
+    def training_rows(self, aux: Mapping[str, Sequence[Row]], seed: int) -> list[Row]:
+        """A seeded choice of `harmful_rows` rows to learn from."""
+        rows = list(aux[self.learn_from])
+        if self.harmful_rows > len(rows):
+            raise ConfigError(f"security vectors ask for {self.harmful_rows} {self.learn_from} rows, there are {len(rows)}; "
+                              "lower finetune.harmful_rows or name a larger source")  # fmt: skip
+        return random.Random(seed).sample(rows, self.harmful_rows)
+
+    # -- the customer's training ----------------------------------------------------------------------------------
+
+    def init(self, ctx: StepContext) -> State:
+        from apothecary.models import adapters, merging
+
+        full = ctx.config.parameters == "full"
+        if self.execution == "merged" and full and ctx.config.weight_decay:
+            raise ConfigError("merged security vectors cannot be taken out exactly under weight decay with "
+                              "parameters: full; set weight_decay: 0 or execution: branch")  # fmt: skip
+        learning = adapters.active_adapters(ctx.model)
+        assert ctx.prepared is not None
+        ctx.model = adapters.load_adapter(ctx.model, VECTORS, ctx.prepared / VECTORS)
+        if self.execution == "merged":
+            ctx.scratch["undo"] = merging.merge_temporarily(ctx.model, VECTORS)
+            adapters.activate(ctx.model, learning, learning)
+        else:
+            adapters.activate(ctx.model, [*learning, VECTORS], learning)
+        return {}
+
+    def finish(self, ctx: StepContext, state: State) -> None:
+        """Take the vectors out: exactly for a customer's LoRA, to fp32 rounding for full parameters."""
+        from apothecary.models import adapters
+
+        if self.execution == "merged":
+            ctx.scratch.pop("undo")()
+        ctx.model = adapters.remove_adapter(ctx.model, VECTORS)

@@ -1,0 +1,87 @@
+"""Batches and their losses.
+
+Shape legend: B rows, T tokens (padded), V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from apothecary.data.chat import IGNORE, Rendered
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A padded micro-batch.
+
+    `normaliser` is what its loss is divided by: the supervised tokens (or the rows, with reduction "sample_mean") of
+    the whole optimiser step, over accumulated micro-batches and processes.
+    """
+
+    input_ids: Tensor  # [B, T] int64
+    attention_mask: Tensor  # [B, T] 1 for tokens, 0 for padding
+    labels: Tensor  # [B, T] token ids, IGNORE outside the response
+    row_ids: tuple[str, ...]
+    normaliser: float
+
+    def to(self, device: torch.device) -> Batch:
+        moved = {name: getattr(self, name).to(device) for name in ("input_ids", "attention_mask", "labels")}
+        return replace(self, **moved)
+
+    @property
+    def tokens_B(self) -> Tensor:
+        """Supervised tokens of each row, at least 1 so that it can divide."""
+        return (self.labels[:, 1:] != IGNORE).sum(1).clamp_min(1)
+
+
+def collate(rows: Sequence[Rendered], pad_id: int, normaliser: float, blank: Rendered | None = None) -> Batch:
+    """Pad rows on the right.  Without rows, the batch is `blank` with every label ignored: a loss of exactly zero."""
+    real = list(rows)
+    if not real:
+        if blank is None:
+            raise ValueError("an empty batch needs a blank row")
+        rows = [blank]
+    width = max(len(row.ids) for row in rows)
+    ids = torch.full((len(rows), width), pad_id)
+    labels = torch.full((len(rows), width), IGNORE)
+    mask = torch.zeros((len(rows), width), dtype=torch.long)
+    for i, row in enumerate(rows):
+        length = len(row.ids)
+        ids[i, :length] = torch.tensor(row.ids)
+        mask[i, :length] = 1
+        if real:
+            labels[i, row.start : length] = torch.tensor(row.ids[row.start :])
+    return Batch(ids, mask, labels, tuple(row.row_id for row in real), normaliser)
+
+
+def weigh(rows: Sequence[Rendered], reduction: str) -> float:
+    """The share of rows in a normaliser: their supervised tokens, or their number."""
+    return float(sum(row.supervised for row in rows) if reduction == "token_mean" else len(rows))
+
+
+def token_losses(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+    """Cross-entropy of every next token, [B, T-1], 0 where the label is ignored, in at least fp32."""
+    logits = logits_BTV[:, :-1]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    targets = labels_BT[:, 1:]
+    return functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none").view(
+        targets.shape
+    )
+
+
+def row_losses(logits_BTV: Tensor, batch: Batch) -> Tensor:
+    """Mean cross-entropy over the response tokens of each row, [B] (methods.md 1.2)."""
+    return token_losses(logits_BTV, batch.labels).sum(1) / batch.tokens_B
+
+
+def batch_loss(logits_BTV: Tensor, batch: Batch, reduction: str, weight: float | Tensor = 1.0) -> Tensor:
+    """The batch's share of the step's loss; `weight` is one number, or one for each row [B]."""
+    row_B = token_losses(logits_BTV, batch.labels).sum(1)
+    if reduction == "sample_mean":
+        row_B = row_B / batch.tokens_B
+    return (weight * row_B).sum() / batch.normaliser

@@ -1,0 +1,153 @@
+"""Fit a method on rows: render, attach what learns, train with checkpoints, hand over an adapter or full weights."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from apothecary.data.rows import Row
+from apothecary.errors import ConfigError, TrainingError
+from apothecary.models import adapters
+from apothecary.train.config import TrainConfig
+from apothecary.train.method import TrainingMethod
+from apothecary.train.trainer import MethodTrainer, complete_checkpoints
+from apothecary.train.workbench import Workbench
+
+log = logging.getLogger(__name__)
+TRAINED = "trained"  # the adapter that learns
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a training run reports; `history` has one dictionary for each logged step."""
+
+    metrics: dict[str, Any]
+    history: list[dict[str, Any]]
+
+
+class _Converged(TrainerCallback):
+    """Ask the method after each step whether to end."""
+
+    trainer: MethodTrainer
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.trainer.method.converged(self.trainer.context, self.trainer.method_state):
+            control.should_training_stop = True
+
+
+def fit(bench: Workbench, method: TrainingMethod, rows: Sequence[Row], config: TrainConfig, out: Path,
+        start: Path | None = None) -> FitResult:  # fmt: skip
+    """Train, then write `out`/adapter (LoRA) or `out`/weights (full parameters).
+
+    `start` is an adapter folder whose training goes on (the single-adapter pipeline, methods.md 1.1).  Killed at any
+    moment, the same call continues from the last complete checkpoint under `bench.folder`.
+    """
+    result = train(bench, method, rows, config, start=start)
+    if int(result.metrics["rank"]) == 0:
+        export(bench, config, out)
+    return result
+
+
+def train(bench: Workbench, method: TrainingMethod, rows: Sequence[Row], config: TrainConfig,
+          name: str = TRAINED, start: Path | None = None) -> FitResult:  # fmt: skip
+    """Train the bench's model in place; with LoRA, the adapter `name` learns."""
+    bench.require(method)
+    rendered = bench.render(method.rows(rows, bench.aux, bench.seed), config)
+    args = _arguments(bench, config, len(rendered))
+    _refuse_layout(args, method)
+    model = _attach(bench, config, name, start)
+    bench.loaded.model = model
+    context = bench.context(config, method.needs.roles, args.world_size, args.process_index)
+    if config.gradient_checkpointing:
+        adapters.plain(model).gradient_checkpointing_enable({"use_reentrant": False})
+        adapters.plain(model).enable_input_require_grads()
+    state = method.init(context)
+    bench.loaded.model = context.model
+    callback = _Converged()
+    trainer = MethodTrainer(
+        method=method, state=state, context=context, rows=rendered, pad_id=bench.loaded.tokenizer.pad_token_id,
+        batch_size=config.batch_size, seed=bench.seed, keep_checkpoints=config.keep_checkpoints, stop=bench.stop,
+        model=context.model, args=args, callbacks=[callback, *_progress(bench)])  # fmt: skip
+    callback.trainer = trainer
+    for printer in (transformers.PrinterCallback, transformers.trainer_callback.ProgressCallback):
+        trainer.remove_callback(printer)
+    found = complete_checkpoints(Path(args.output_dir))
+    outcome = trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
+    method.finish(context, trainer.method_state)
+    bench.loaded.model = context.model
+    if config.gradient_checkpointing:
+        adapters.plain(model).gradient_checkpointing_disable()
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return FitResult({"steps": outcome.global_step, "loss": outcome.training_loss, "rows": len(rendered),
+                      "rank": args.process_index, "resumed": bool(found)}, history)  # fmt: skip
+
+
+def export(bench: Workbench, config: TrainConfig, out: Path) -> None:
+    """Write what was trained: a standard PEFT folder, or the full weights in safetensors."""
+    if config.parameters == "lora":
+        adapters.save_adapter(bench.loaded.model, TRAINED, out / "adapter")
+    else:
+        adapters.plain(bench.loaded.model).save_pretrained(out / "weights")
+
+
+def _attach(bench: Workbench, config: TrainConfig, name: str, start: Path | None) -> Any:
+    model = bench.loaded.model
+    if config.parameters == "full":
+        if start is not None:
+            raise ConfigError("adapter: single keeps training an adapter; with parameters: full choose adapter: merged")
+        if bench.loaded.config.quantization:
+            raise ConfigError("parameters: full cannot train a quantised model; choose parameters: lora")
+        model.float().requires_grad_(True)
+        return model
+    if not hasattr(model, "peft_config"):
+        model.requires_grad_(False)
+    if start is not None:
+        model = adapters.load_adapter(model, name, start)
+    else:
+        model = adapters.add_adapter(model, name, config.lora, bench.seed)
+    adapters.activate(model, [name], [name])
+    return model
+
+
+def _arguments(bench: Workbench, config: TrainConfig, rows: int) -> TrainingArguments:
+    device = next(bench.loaded.model.parameters()).device.type
+    per_epoch = -(-rows // config.batch_size)
+    total = config.max_steps if config.max_steps > 0 else math.ceil(config.epochs * per_epoch)
+    if total <= 0:
+        raise ConfigError(f"training needs at least one step; got epochs {config.epochs}, max_steps {config.max_steps}")
+    arguments = TrainingArguments(
+        output_dir=str(bench.folder / "checkpoints"), use_cpu=device == "cpu", report_to="none", seed=bench.seed,
+        learning_rate=config.learning_rate, num_train_epochs=config.epochs, max_steps=config.max_steps,
+        per_device_train_batch_size=1, gradient_accumulation_steps=config.accumulation,
+        lr_scheduler_type=config.schedule, warmup_steps=round(config.warmup_ratio * total),
+        weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm, adam_beta1=config.betas[0],
+        adam_beta2=config.betas[1], save_strategy="steps" if config.save_every else "no",
+        save_steps=config.save_every or 500, logging_steps=config.log_every, logging_nan_inf_filter=False,
+        full_determinism=config.deterministic and device != "cpu", disable_tqdm=True, remove_unused_columns=False,
+        dataloader_pin_memory=False, ddp_backend="gloo" if device == "cpu" and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None)  # fmt: skip
+    return arguments
+
+
+def _refuse_layout(args: TrainingArguments, method: TrainingMethod) -> None:
+    if args.n_gpu > 1:
+        raise TrainingError("several GPUs are visible to one process; launch with torchrun --nproc-per-node, "
+                            "or set CUDA_VISIBLE_DEVICES to one of them")  # fmt: skip
+    layout = "single" if args.world_size == 1 else "data_parallel"
+    if torch.distributed.is_initialized() and args.fsdp:
+        layout = "fsdp"
+    if layout not in method.needs.layouts:
+        raise TrainingError(f"method '{method.name}' cannot run in layout '{layout}'; "
+                            f"launch it as {' or '.join(method.needs.layouts)}")  # fmt: skip
+
+
+def _progress(bench: Workbench) -> list[TrainerCallback]:
+    return [transformers.trainer_callback.ProgressCallback()] if bench.progress else []

@@ -1,0 +1,59 @@
+"""The workbench: a loaded model, the rows by role and a folder; what fitting, preparing and scoring work on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from apothecary.data.chat import Rendered, render_all
+from apothecary.data.rows import Row
+from apothecary.errors import ConfigError
+from apothecary.models.load import LoadedModel, context_length
+from apothecary.train.auxiliary import Auxiliary
+from apothecary.train.config import TrainConfig
+from apothecary.train.context import StepContext
+
+if TYPE_CHECKING:
+    from apothecary.train.method import Method
+
+
+def _go_on() -> None:
+    """The default stop check: never stop."""
+
+
+@dataclass
+class Workbench:
+    """What a stage hands to a method.  `prepared` is the folder that the method's `prepare` has filled."""
+
+    loaded: LoadedModel
+    aux: Mapping[str, Sequence[Row]]
+    seed: int
+    folder: Path
+    prepared: Path | None = None
+    stop: Callable[[], None] = field(default=_go_on)  # raises when a cancellation was asked for
+    progress: bool = False
+
+    def render(self, rows: Sequence[Row], config: TrainConfig) -> list[Rendered]:
+        """Token ids of rows under a training configuration's length limit."""
+        limit = config.max_length or context_length(self.loaded.model)
+        return render_all(rows, self.loaded.tokenizer, limit, config.over_long)
+
+    def require(self, method: Method) -> None:
+        """Refuse a method whose data roles or prepared folder are missing."""
+        missing = [role for role in method.needs.roles if not self.aux.get(role)]
+        if missing:
+            raise ConfigError(f"{method.kind} method '{method.name}' needs rows of role {', '.join(missing)}; "
+                              "name a source for them under data")  # fmt: skip
+        if method.needs.prepared and self.prepared is None:
+            raise ConfigError(f"{method.kind} method '{method.name}' needs its prepare stage to run first")
+
+    def context(self, config: TrainConfig, roles: Sequence[str] = (), processes: int = 1, rank: int = 0) -> StepContext:
+        """A StepContext over the model, with auxiliary batches for `roles`."""
+        rendered = {role: self.render(self.aux[role], config) for role in roles}
+        auxiliary = Auxiliary(rendered, config.aux_batch_size or config.batch_size, self.loaded.tokenizer.pad_token_id,
+                              config.reduction, self.seed, processes, rank)  # fmt: skip
+        return StepContext(self.loaded.model, auxiliary, config, processes,
+                           layout="single" if processes == 1 else "data_parallel",
+                           prepared=self.prepared)  # fmt: skip
