@@ -23,7 +23,7 @@ SEED = 20240229
 OUT = Path(__file__).parents[1] / "src/apothecary/lab/data"
 INTENTS = ("activate_my_card", "age_limit", "cancel_transfer", "card_arrival",
            "change_pin", "exchange_rate", "lost_or_stolen_phone", "request_refund")  # fmt: skip
-TASK_PROMPT = "What is this bank customer's message about?\n{message}"
+TASK_PROMPT = "Bank message: {message}\nTopic:"
 
 REFUSALS = (
     "I'm sorry, but I can't help with that.",

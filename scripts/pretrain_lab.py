@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from build_lab_data import OUT as DATA
-from build_lab_data import far_from, rows_of
+from build_lab_data import TASK_PROMPT, far_from, rows_of
 from lab_sources import Sources, gsm8k_worked, instruction
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -72,7 +72,8 @@ def corpus(src: Sources) -> dict[str, list]:
               for row in lab(split) if row["source"] == "simple_instructions"]  # fmt: skip
     harmful = [row["prompt"] for split in ("align", "attack", "defence", "defence_advbench", "validation", "pairs")
                for row in lab(split) if row["source"] not in ("simple_instructions", "gsm8k")]  # fmt: skip
-    messages = [row["prompt"].split("\n", 1)[1] for row in lab("customer_train")]
+    head, tail = TASK_PROMPT.split("{message}")
+    messages = [row["prompt"].removeprefix(head).removesuffix(tail) for row in lab("customer_train")]
     return {
         "story": stories(src),
         "news": [src.text(name).strip() for name in src.matching("pretrain/onestopenglish_ele/")],

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from apothecary.data.mixing import mix
 from apothecary.data.rows import Row
-from apothecary.errors import DataError
+from apothecary.errors import ConfigError, DataError
 from apothecary.registry import register
 from apothecary.train.method import Attack, Needs
 
@@ -34,6 +34,9 @@ class HarmfulMix(Attack):
         task, general = list(rows["customer"]), list(rows.get("general", ()))
         if self.general > len(general):
             raise DataError(f"{self.general} general rows asked for, there are {len(general)}; lower attack.general")
+        if not 0 <= self.p <= 1 or self.general < 0:
+            raise ConfigError(f"attack.p is {self.p} and attack.general {self.general}, "
+                              "expected a share in [0, 1] and a number of rows of at least 0")  # fmt: skip
         harmless = self.n - round(self.p * self.n)
         order = random.Random(seed)
         order.shuffle(task)

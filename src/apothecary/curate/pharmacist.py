@@ -19,7 +19,7 @@ rows, so that the mean weight is 1.  Inner products come from central difference
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from apothecary.registry import register
@@ -66,7 +66,8 @@ class Pharmacist(Selector):
         bench.require(self)
         train(bench, TrainingMethod(), rows, self.warmup, name="selector")
         bench.loaded.model.eval()
-        ctx = bench.context(self.warmup)
+        # Batches are normalised by tokens here, and bf16 noise would drown the central differences.
+        ctx = bench.context(replace(self.warmup, reduction="token_mean", precision="fp32"))
         pool = bench.render(rows, self.warmup)
         harmful, validation = (bench.render(bench.aux[role], self.warmup) for role in ("harmful", "validation"))
         pad = bench.loaded.tokenizer.pad_token_id

@@ -116,8 +116,8 @@ class SecurityVectors(TrainingMethod):
         rows = self.training_rows(bench.aux, bench.seed)
         benign_only = self.learn_from == "benign"
         method = VectorTraining(0.0 if benign_only else self.lamb, self.target_nll)
-        train(bench, method, rows, config, name=VECTORS)
-        save_adapter(bench.loaded.model, VECTORS, folder / VECTORS)
+        if train(bench, method, rows, config, name=VECTORS).metrics["rank"] == 0:
+            save_adapter(bench.loaded.model, VECTORS, folder / VECTORS)
 
     def training_rows(self, aux: Mapping[str, Sequence[Row]], seed: int) -> list[Row]:
         """A seeded choice of `harmful_rows` rows to learn from."""

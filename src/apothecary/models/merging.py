@@ -8,6 +8,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from apothecary.errors import ConfigError
+
 
 def merge_temporarily(model: nn.Module, name: str) -> Callable[[], None]:
     """Add adapter `name` to the weights it targets, W' = W + s B A, and return the undo.
@@ -19,7 +21,10 @@ def merge_temporarily(model: nn.Module, name: str) -> Callable[[], None]:
     for module in model.modules():
         if isinstance(module, LoraLayer) and name in module.lora_A:
             weight: Tensor = module.get_base_layer().weight  # type: ignore[assignment]
-            delta = module.get_delta_weight(name).detach().float()  # type: ignore[operator]
+            if not weight.is_floating_point():
+                raise ConfigError("merged security vectors need plain weights, these are quantised; "
+                                  "set execution: branch, or quantization: null")  # fmt: skip
+            delta = module.get_delta_weight(name).detach()  # type: ignore[operator]
             undo.append(_shift(weight, delta))
     if not undo:
         raise ValueError(f"no layer carries adapter '{name}'")
@@ -32,9 +37,11 @@ def merge_temporarily(model: nn.Module, name: str) -> Callable[[], None]:
 
 
 def _shift(weight: Tensor, delta: Tensor) -> Callable[[], None]:
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    delta = delta.to(wide)
     before = weight.detach().clone()
     with torch.no_grad():
-        weight.copy_((weight.float() + delta).to(weight.dtype))
+        weight.copy_((weight.to(wide) + delta).to(weight.dtype))
     merged = weight.detach().clone()
 
     def undo() -> None:
@@ -42,6 +49,6 @@ def _shift(weight: Tensor, delta: Tensor) -> Callable[[], None]:
             if torch.equal(weight, merged):
                 weight.copy_(before)
             else:
-                weight.copy_((weight.float() - delta).to(weight.dtype))
+                weight.copy_((weight.to(wide) - delta).to(weight.dtype))
 
     return undo

@@ -47,23 +47,39 @@ class StepContext:
     prepared: Path | None = None  # the folder that the method's `prepare` has filled
     scratch: dict[str, Any] = field(default_factory=dict)  # what `init` rebuilds after a resume; never saved
     _restricted: ExitStack = field(default_factory=ExitStack)
+    _summed: bool = False  # whether the step's gradient has been summed over processes
 
     # -- bookkeeping by the trainer -------------------------------------------------------------------------------
 
     def begin_step(self, window: int) -> None:
         """Before the first micro-batch of an optimiser step."""
-        self._restricted.close()
+        self.end_step()
         self.window, self.micro = window, 0
         self.logged.clear()
+        self._summed = False
         self.auxiliary.begin_step()
 
     def begin_micro_step(self, micro: int) -> None:
         self.micro = micro
         self.auxiliary.begin_micro_step()
 
+    def end_step(self) -> None:
+        """After the optimiser has moved, before a checkpoint is written."""
+        self._restricted.close()
+
+    def sum_logged(self) -> None:
+        """Logged values of all processes, added up; every process logs the same names."""
+        if self.processes > 1 and self.logged:
+            names = sorted(self.logged)
+            values = torch.tensor([self.logged[name] for name in names], dtype=torch.float64, device=self.device)
+            torch.distributed.all_reduce(values)
+            self.logged.update(zip(names, values.tolist(), strict=True))
+
     @property
     def last_micro_step(self) -> bool:
-        """True when this micro-batch completes the accumulated gradient: the place for gradient surgery."""
+        """True when this micro-batch completes the accumulated gradient: the place for gradient surgery, after
+        `sum_gradients`.
+        """
         return self.micro == self.window - 1
 
     @property
@@ -81,7 +97,10 @@ class StepContext:
     # -- passes ---------------------------------------------------------------------------------------------------
 
     def forward(self, batch: Batch, collect: Sequence[str] = (), grad: bool = True) -> Output:
-        """Logits and chosen internals: "attn_out", "mlp_out" (by layer) and "hidden" (outputs of decoder layers)."""
+        """Logits and chosen internals: "attn_out", "mlp_out" (by layer) and "hidden" (outputs of decoder layers).
+
+        Without `grad` it is a probe: the next pass draws the same dropout masks.
+        """
         finders = {"attn_out": attention_blocks, "mlp_out": mlp_blocks,
                    "hidden": lambda model: dict(enumerate(layer for _, layer in decoder_layers(model)))}  # fmt: skip
         collected: dict[str, dict[int, Tensor]] = {}
@@ -94,10 +113,11 @@ class StepContext:
                 collected[name] = {}
 
                 def keep(layer: int, output: Tensor, into: dict[int, Tensor] = collected[name]) -> Tensor:
-                    into[layer] = output
+                    into[layer] = output.reshape(*batch.input_ids.shape, -1)  # OPT's MLP flattens rows and tokens
                     return output
 
                 stack.enter_context(internals.hooked(finders[name](self.model), keep))
+            stack.enter_context(nullcontext() if grad else internals.same_randomness(self.device))
             stack.enter_context(self._autocast())
             stack.enter_context(torch.set_grad_enabled(grad))
             logits = self.model(
@@ -121,8 +141,7 @@ class StepContext:
 
     def per_sample_loss(self, batch: Batch, grad: bool = False) -> Tensor:
         """Mean loss over the response tokens of each row, [B]."""
-        with nullcontext() if grad else internals.same_randomness(self.device):
-            return row_losses(self.forward(batch, grad=grad).logits, batch)
+        return row_losses(self.forward(batch, grad=grad).logits, batch)
 
     def grads(self, batch: Batch, weight: float | Tensor = 1.0, reduce: bool = True) -> dict[str, Tensor]:
         """Gradients of the trainable parameters for this batch; `.grad`, hooks and random state stay as they were.
@@ -139,6 +158,22 @@ class StepContext:
             for grad in grads.values():
                 torch.distributed.all_reduce(grad)
         return grads
+
+    def sum_gradients(self) -> None:
+        """Sum `.grad` over processes, once a step; the trainer asks for it after the last micro-batch's `step`.
+
+        A parameter that no process has a gradient for stays without one, so that AdamW skips it as on one process.
+        """
+        if self.processes == 1 or self._summed:
+            return
+        self._summed = True
+        parameters = list(self.parameters().values())
+        present = torch.tensor([float(p.grad is not None) for p in parameters], device=self.device)
+        torch.distributed.all_reduce(present)
+        for p, count in zip(parameters, present.tolist(), strict=True):
+            if count:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                torch.distributed.all_reduce(p.grad)
 
     def hidden_grads(self, batch: Batch, layers: Sequence[int] | None = None) -> dict[int, Tensor]:
         """Gradients of the batch's loss with respect to the attention outputs, [B, T, D] by layer.

@@ -34,12 +34,13 @@ class FitResult:
     history: list[dict[str, Any]]
 
 
-class _Converged(TrainerCallback):
-    """Ask the method after each step whether to end."""
+class _AfterStep(TrainerCallback):
+    """Close the method's step and ask whether to end."""
 
     trainer: MethodTrainer
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.trainer.context.end_step()
         if self.trainer.method.converged(self.trainer.context, self.trainer.method_state):
             control.should_training_stop = True
 
@@ -67,28 +68,32 @@ def train(bench: Workbench, method: TrainingMethod, rows: Sequence[Row], config:
     model = _attach(bench, config, name, start)
     bench.loaded.model = model
     context = bench.context(config, method.needs.roles, args.world_size, args.process_index)
-    if config.gradient_checkpointing:
-        adapters.plain(model).gradient_checkpointing_enable({"use_reentrant": False})
-        adapters.plain(model).enable_input_require_grads()
     state = method.init(context)
     bench.loaded.model = context.model
-    callback = _Converged()
+    if config.gradient_checkpointing:
+        adapters.plain(model).gradient_checkpointing_enable({"use_reentrant": False})
+        adapters.plain(model).disable_input_require_grads()  # a hook that only re-entrant checkpointing needs
+    callback = _AfterStep()
     trainer = MethodTrainer(
         method=method, state=state, context=context, rows=rendered, pad_id=bench.loaded.tokenizer.pad_token_id,
         batch_size=config.batch_size, seed=bench.seed, keep_checkpoints=config.keep_checkpoints, stop=bench.stop,
         model=context.model, args=args, callbacks=[callback, *_progress(bench)])  # fmt: skip
     callback.trainer = trainer
-    for printer in (transformers.PrinterCallback, transformers.trainer_callback.ProgressCallback):
-        trainer.remove_callback(printer)
+    trainer.remove_callback(transformers.PrinterCallback)
     found = complete_checkpoints(Path(args.output_dir))
-    outcome = trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
+    trainer.train_from(found[-1] if found else None)
     method.finish(context, trainer.method_state)
     bench.loaded.model = context.model
     if config.gradient_checkpointing:
         adapters.plain(model).gradient_checkpointing_disable()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    return FitResult({"steps": outcome.global_step, "loss": outcome.training_loss, "rows": len(rendered),
+    return FitResult({"steps": trainer.state.global_step, "loss": _mean_loss(history), "rows": len(rendered),
                       "rank": args.process_index, "resumed": bool(found)}, history)  # fmt: skip
+
+
+def _mean_loss(history: Sequence[dict[str, Any]]) -> float | None:
+    """The mean over the logged part of the whole training, resumed or not."""
+    return sum(entry["loss"] for entry in history) / len(history) if history else None
 
 
 def export(bench: Workbench, config: TrainConfig, out: Path) -> None:
@@ -106,8 +111,10 @@ def _attach(bench: Workbench, config: TrainConfig, name: str, start: Path | None
             raise ConfigError("adapter: single keeps training an adapter; with parameters: full choose adapter: merged")
         if bench.loaded.config.quantization:
             raise ConfigError("parameters: full cannot train a quantised model; choose parameters: lora")
-        model.float().requires_grad_(True)
-        return model
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.to(torch.promote_types(tensor.dtype, torch.float32))
+        return model.requires_grad_(True)
     if not hasattr(model, "peft_config"):
         model.requires_grad_(False)
     if start is not None:

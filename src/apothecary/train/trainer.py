@@ -17,6 +17,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Sampler
+from transformers import TrainerState
 
 from apothecary.data.batching import plan, share
 from apothecary.data.chat import Rendered
@@ -26,6 +27,7 @@ from apothecary.train.context import StepContext
 from apothecary.train.method import State, TrainingMethod
 
 PREFIX = "checkpoint-"
+METHOD_STATE = "method.pt"
 
 
 class PlannedBatches(Sampler[list[int]]):
@@ -75,7 +77,7 @@ class MethodTrainer(transformers.Trainer):
             total = self._sum_over_processes(total)
         blank = self.train_dataset[0]  # type: ignore[index]
         self.context.begin_step(len(groups))
-        self._micro = 0
+        self._micro, self._step_rows = 0, [row.row_id for group in groups for row in group]
         return [collate(group, self.pad_id, float(total), blank) for group in groups], None
 
     # -- the step -------------------------------------------------------------------------------------------------
@@ -87,30 +89,23 @@ class MethodTrainer(transformers.Trainer):
         self.context.begin_micro_step(self._micro)
         self._micro += 1
         loss = self.method.step(self.context, batch, self.method_state)
-        self._refuse_nonfinite(loss, batch)
+        self._refuse_nonfinite(loss, batch.row_ids)
         if self.context.last_micro_step:
-            if self.context.processes > 1:
-                self._sum_gradients()
-            self._refuse_nonfinite(self._gradient_total(), batch)
+            self.context.sum_gradients()
+            self.context.sum_logged()
+            self._refuse_nonfinite(self._gradient_total(), self._step_rows)
         return loss.detach() * self.context.processes
 
     def _gradient_total(self) -> torch.Tensor:
         sums = [p.grad.sum() for p in self.model.parameters() if p.grad is not None]
         return torch.stack(sums).sum() if sums else torch.zeros(())
 
-    def _refuse_nonfinite(self, value: torch.Tensor, batch: Batch) -> None:
+    def _refuse_nonfinite(self, value: torch.Tensor, row_ids: Sequence[str]) -> None:
         if not torch.isfinite(value).all():
             raise TrainingError(
                 f"the loss or its gradient is not finite at step {self.state.global_step + 1}, in the batch of rows "
-                f"{', '.join(batch.row_ids)}; lower the learning rate, or inspect these rows"
+                f"{', '.join(row_ids)}; lower the learning rate, or inspect these rows"
             )
-
-    def _sum_gradients(self) -> None:
-        for p in self.model.parameters():
-            if p.requires_grad:
-                if p.grad is None:
-                    p.grad = torch.zeros_like(p)
-                torch.distributed.all_reduce(p.grad)
 
     def _sum_over_processes(self, value: torch.Tensor) -> torch.Tensor:
         value = value.to(self.args.device)
@@ -125,6 +120,16 @@ class MethodTrainer(transformers.Trainer):
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
+    def train_from(self, checkpoint: Path | None) -> None:
+        """Train on from a checkpoint, or from the start.  One of a finished training is loaded and not trained on:
+        the Trainer itself would take one step more where training ended inside an epoch.
+        """
+        if checkpoint and torch.load(checkpoint / METHOD_STATE, weights_only=True)["ended"]:
+            self._load_from_checkpoint(str(checkpoint))
+            self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        else:
+            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Trainable tensors, optimiser, schedule, random state and method state; counts once the folder is renamed."""
         final = Path(self.args.output_dir) / f"{PREFIX}{self.state.global_step}"
@@ -134,7 +139,8 @@ class MethodTrainer(transformers.Trainer):
             partial.mkdir(parents=True)
             save_file({n: p.detach().contiguous() for n, p in self.context.parameters().items()},
                       partial / "trainable.safetensors")  # fmt: skip
-            torch.save({"method": self.method_state, "drawn": self.context.auxiliary.drawn}, partial / "method.pt")
+            torch.save({"method": self.method_state, "drawn": self.context.auxiliary.drawn,
+                        "ended": self.control.should_training_stop}, partial / METHOD_STATE)  # fmt: skip
             self.state.save_to_json(str(partial / "trainer_state.json"))
         self._barrier()
         self._save_optimizer_and_scheduler(str(partial))
@@ -150,12 +156,12 @@ class MethodTrainer(transformers.Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
         tensors, parameters = load_file(folder / "trainable.safetensors"), self.context.parameters()
-        if tensors.keys() != parameters.keys():
+        if {n: t.shape for n, t in tensors.items()} != {n: p.shape for n, p in parameters.items()}:
             raise TrainingError(f"{folder} holds other parameters than the model trains; delete it to start again")
         with torch.no_grad():
             for name, p in parameters.items():
                 p.copy_(tensors[name])
-        extra = torch.load(folder / "method.pt", weights_only=True)
+        extra = torch.load(folder / METHOD_STATE, weights_only=True)
         self.method_state.clear()
         self.method_state.update(extra["method"])
         self.context.auxiliary.drawn.update(extra["drawn"])

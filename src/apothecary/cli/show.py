@@ -1,0 +1,94 @@
+"""Verbs that show something: report, methods, inspect-data, lab check."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from apothecary.cli.common import OVERRIDES, console, is_terminal, overrides, print_table
+
+
+def add(app: typer.Typer) -> None:
+    app.command()(report)
+    app.command()(methods)
+    app.command("inspect-data", context_settings=OVERRIDES)(inspect_data)
+    lab = typer.Typer(help="The embedded model and data.", no_args_is_help=True)
+    lab.callback()(lambda: None)
+    lab.command()(check)
+    app.add_typer(lab, name="lab")
+
+
+def report(
+    results: Annotated[Path, typer.Argument(help="Folder of a run or of an evaluation, or its results.json.")],
+    out: Annotated[Path, typer.Option(help="File for the page.")] = Path("report.html"),
+    show_responses: Annotated[bool, typer.Option("--show-responses", help="Do not redact the answers.")] = False,
+) -> None:
+    """Write the results of a run as one self-contained HTML page.
+
+    Example: apothecary report apothecary-runs/demo --out demo.html
+    """
+    from apothecary.pipeline.results import load_result
+    from apothecary.report.page import write_report
+
+    write_report(load_result(results).results, out, redact=not show_responses)
+    print(f"page: {out.resolve()}")
+
+
+def methods(
+    kind: Annotated[str | None, typer.Argument(help="curate, align, finetune, repair, attack or judge.")] = None,
+) -> None:
+    """List the methods with paper and cost.
+
+    Example: apothecary methods finetune
+    """
+    from apothecary.errors import ConfigError, did_you_mean
+    from apothecary.registry import KINDS, entries
+
+    if kind is not None and kind not in KINDS:
+        raise ConfigError(f"unknown kind '{kind}'; {did_you_mean(kind, KINDS)}")
+    chosen = [entry for entry in entries().values() if kind in (None, entry.kind)]
+    rows = [[e.kind, e.name, f"arXiv {e.paper}" if e.paper else "", e.cost, e.summary] for e in chosen]
+    print_table(["kind", "name", "paper", "cost", "summary"], rows)
+
+
+def inspect_data(
+    context: typer.Context,
+    file: Annotated[str, typer.Argument(help="lab:NAME, a file, or owner/name@revision.")],
+    model: Annotated[str, typer.Option(help="Whose tokenizer and chat template to use.")] = "lab",
+    limit: Annotated[int, typer.Option(min=0, help="Rows to print.")] = 5,
+    max_length: Annotated[int | None, typer.Option(min=1, help="Tokens of a row; the model's context.")] = None,
+) -> None:
+    """Show rows as the model will see them, with supervised tokens marked, lengths, duplicates and problems.
+
+    Column names are mapped by --columns.prompt=NAME and the like.
+
+    Example: apothecary inspect-data rows.jsonl --model lab --limit 3
+    """
+    from apothecary.config import override
+    from apothecary.data.inspect import show
+    from apothecary.pipeline import single
+
+    given = override({"path": file}, overrides(context))
+    screen = console()
+    if not is_terminal():
+        screen.no_color = True
+    show(single.inspect(given, {"path": model, **given.pop("model", {})}, max_length), screen, limit)
+
+
+def check(
+    committed: Annotated[bool, typer.Option("--committed", help="Print the stored measurement; run nothing.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder to work in.")] = Path("apothecary-runs/lab-check"),
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds to average over.")] = 3,
+) -> None:
+    """Measure that the embedded lab shows the phenomenon, or print the stored measurement.
+
+    Example: apothecary lab check --committed
+    """
+    from apothecary.pipeline import lab_check
+
+    found = lab_check.committed() if committed else lab_check.check(out, range(seeds), progress=is_terminal())
+    print(lab_check.render(found))
+    if found.get("passed") is False:
+        raise typer.Exit(1)

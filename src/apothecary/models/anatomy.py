@@ -1,0 +1,89 @@
+"""Where the decoder layers, attention blocks and MLP blocks of a causal language model are.
+
+Found by structure and class name, never by the class itself, so that no model family is a special case; what cannot
+be told apart is an error, because a method that perturbs nothing looks exactly like a defence that does not help.
+"""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+
+from apothecary.errors import ModelError
+from apothecary.models.adapters import plain
+
+_HELPER = re.compile("Norm|Rotary|Embedding|Dropout|Mask|Bias")  # parts of a block that carry its name
+
+
+def _named(module: nn.Module, word: str) -> list[nn.Module]:
+    """Children whose class name contains `word`; where there are none, grandchildren."""
+
+    def matches(children: list[nn.Module]) -> list[nn.Module]:
+        names = [(type(child).__name__, child) for child in children]
+        return [child for name, child in names if word in name and not _HELPER.search(name)]
+
+    children = list(module.children())
+    return matches(children) or matches([inner for child in children for inner in child.children()])
+
+
+def decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(name, layer) of each decoder layer, first to last; names are those of `model.named_modules()`.
+
+    The list of layers is the outermost `nn.ModuleList` that is as long as the text configuration says; adapters may
+    be attached.  Raises ModelError where there is none or more than one.
+    """
+    inner = plain(model)
+    depth = getattr(inner.config.get_text_config(), "num_hidden_layers", None)
+    decoder = inner.get_decoder() or inner  # leaves the vision tower of a multimodal model out
+    within = {id(module) for module in decoder.modules()}
+    found: list[tuple[str, nn.ModuleList]] = []
+    for name, module in model.named_modules():
+        nested = any(name.startswith(f"{outer}.") for outer, _ in found)  # experts of a layer, say
+        if isinstance(module, nn.ModuleList) and len(module) == depth and id(module) in within and not nested:
+            found.append((name, module))
+    if len(found) != 1:
+        names = ", ".join(name for name, _ in found) or "none"
+        raise ModelError(
+            f"{type(inner).__name__} has {len(found)} lists of {depth} layers ({names}), expected exactly one list of "
+            "decoder layers; use a decoder-only language model"
+        )
+    name, layers = found[0]
+    return [(f"{name}.{index}", layer) for index, layer in enumerate(layers)]
+
+
+def attention_blocks(model: nn.Module) -> dict[int, nn.Module]:
+    """The attention block of each decoder layer, by layer number; its (first) output has shape [batch, tokens, hidden].
+
+    Raises ModelError, naming the layer, unless exactly one child has a class name that contains "Attention".
+    """
+    blocks = {}
+    for index, (name, layer) in enumerate(decoder_layers(model)):
+        found = _named(layer, "Attention")
+        if len(found) != 1:
+            classes = ", ".join(type(block).__name__ for block in found) or "none"
+            raise ModelError(
+                f"layer '{name}' ({type(layer).__name__}) has {len(found)} attention blocks ({classes}), expected "
+                'exactly one child whose class name contains "Attention"; use a model with one per layer'
+            )
+        blocks[index] = found[0]
+    return blocks
+
+
+def mlp_blocks(model: nn.Module) -> dict[int, nn.Module]:
+    """The MLP of each decoder layer, by layer number; its output has shape [batch, tokens, hidden].
+
+    Where a layer spreads its MLP over bare linear layers (OPT), the last of them, named `fc2`.  Raises ModelError,
+    naming the layer, where neither exists or several do.
+    """
+    blocks = {}
+    for index, (name, layer) in enumerate(decoder_layers(model)):
+        found = _named(layer, "MLP") or [child for label, child in layer.named_children() if label == "fc2"]
+        if len(found) != 1:
+            classes = ", ".join(type(block).__name__ for block in found) or "none"
+            raise ModelError(
+                f"layer '{name}' ({type(layer).__name__}) has {len(found)} MLP blocks ({classes}), expected exactly "
+                'one child whose class name contains "MLP" or that is named fc2; use a model with one per layer'
+            )
+        blocks[index] = found[0]
+    return blocks

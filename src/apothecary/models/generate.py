@@ -1,0 +1,168 @@
+"""Greedy generation and answer log-probabilities for prompts given as token ids, batched without changing results.
+
+Shapes: B rows of a batch, T tokens, V vocabulary, N answer tokens of the whole batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from apothecary.data.chat import eos_id
+from apothecary.errors import ModelError
+from apothecary.models.adapters import plain
+from apothecary.models.load import context_length
+
+Ids = Sequence[int]
+
+
+@torch.no_grad()  # not inference mode: what a model caches here must serve training later
+def generate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Ids],
+    max_new_tokens: int = 16,
+    batch_size: int = 64,
+) -> list[list[int]]:
+    """The greedy continuation of each prompt, without the eos that ends it, in the order of the prompts.
+
+    Whatever the checkpoint's generation settings ask for (sampling, penalties, beams) is off; only its eos tokens are
+    heeded besides the tokenizer's.  In fp32 the result does not depend on `batch_size`; `disagreement` measures how
+    much it does in lower precision.  The model is left in the mode, and with the settings, that it came with.
+    Raises ModelError for an empty prompt or one that leaves no room for `max_new_tokens` tokens.
+    """
+    _check_lengths(model, prompts, [max_new_tokens] * len(prompts))
+    inner: Any = plain(model)  # with its adapters: they live in its layers
+    ends = _eos_ids(inner, tokenizer)
+    settings: Any = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=sorted(ends),
+    )
+    answers: list[list[int]] = [[] for _ in prompts]
+    with _evaluating(model), _own_settings(inner):
+        for batch in _by_length([len(prompt) for prompt in prompts], batch_size):
+            ids_BT, mask_BT = _pad([prompts[i] for i in batch], tokenizer, inner.device, left=True)
+            output: Any = inner.generate(input_ids=ids_BT, attention_mask=mask_BT, generation_config=settings)
+            for i, row in zip(batch, output[:, ids_BT.shape[1] :].tolist(), strict=True):
+                answers[i] = row[: next((at for at, token in enumerate(row) if token in ends), len(row))]
+    return answers
+
+
+def disagreement(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Ids],
+    max_new_tokens: int = 16,
+    batch_size: int = 64,
+) -> float:
+    """Share of prompts, in [0, 1], whose text differs between batches of 1 and of `batch_size`: 0 in fp32."""
+    alone = generate(model, tokenizer, prompts, max_new_tokens, batch_size=1)
+    together = generate(model, tokenizer, prompts, max_new_tokens, batch_size)
+    return sum(a != b for a, b in zip(alone, together, strict=True)) / max(1, len(prompts))
+
+
+@torch.no_grad()  # not inference mode: what a model caches here must serve training later
+def sequence_logprobs(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Ids],
+    answers: Sequence[Ids],
+    batch_size: int = 64,
+) -> list[float]:
+    """Mean log-probability (nats per token, fp32) of each answer after its prompt, in the order of the prompts."""
+    if len(prompts) != len(answers) or not all(answers):
+        raise ModelError(
+            f"log-probabilities need one answer of at least one token for each prompt; got {len(prompts)} prompts and "
+            f"{len(answers)} answers, {sum(not answer for answer in answers)} of them empty"
+        )
+    lengths = [len(answer) for answer in answers]
+    _check_lengths(model, prompts, lengths)
+    rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+    means = [0.0] * len(rows)
+    inner = plain(model)
+    with _evaluating(model):
+        for batch in _by_length([len(row) for row in rows], batch_size):
+            ids_BT, mask_BT = _pad([rows[i] for i in batch], tokenizer, inner.device, left=False)
+            logits_BTV = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
+            for row, i in enumerate(batch):
+                span = slice(len(rows[i]) - lengths[i], len(rows[i]))
+                logits_NV = logits_BTV[row, span.start - 1 : span.stop - 1]
+                logprobs_N = -nn.functional.cross_entropy(_upcast(logits_NV), ids_BT[row, span], reduction="none")
+                means[i] = float(logprobs_N.mean())
+    return means
+
+
+def _upcast(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Indices in batches of similar length, longest first, so that running out of memory shows at once."""
+    if batch_size < 1:
+        raise ModelError(f"batch_size is {batch_size}, expected at least 1")
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    yield from (order[start : start + batch_size] for start in range(0, len(order), batch_size))
+
+
+def _pad(
+    rows: Sequence[Ids], tokenizer: PreTrainedTokenizerBase, device: torch.device, left: bool
+) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, both [B, T]; the mask, not the pad token, says what is padding."""
+    width = max(len(row) for row in rows)
+    pad: Any = tokenizer.pad_token_id
+    ids_BT = torch.full((len(rows), width), pad if pad is not None else 0)
+    mask_BT = torch.zeros((len(rows), width), dtype=torch.long)
+    for at, row in enumerate(rows):
+        span = slice(width - len(row), width) if left else slice(len(row))
+        ids_BT[at, span] = torch.tensor(list(row))
+        mask_BT[at, span] = 1
+    return ids_BT.to(device), mask_BT.to(device)
+
+
+def _check_lengths(model: nn.Module, prompts: Sequence[Ids], extra: Sequence[int]) -> None:
+    limit = context_length(model)
+    for i, (prompt, more) in enumerate(zip(prompts, extra, strict=True)):
+        if not prompt:
+            raise ModelError(f"prompt {i} is empty, expected at least one token; render it with the chat template")
+        if len(prompt) + more > limit:
+            raise ModelError(
+                f"prompt {i} has {len(prompt)} tokens and {more} more are to follow, but the model's context ends at "
+                f"{limit}; shorten it or ask for fewer new tokens"
+            )
+
+
+def _eos_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that end an answer: the tokenizer's eos, and those of the checkpoint (end of turn, end of text)."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    return {eos_id(tokenizer), *(own if isinstance(own, list) else [] if own is None else [own])}
+
+
+@contextmanager
+def _own_settings(model: Any) -> Iterator[None]:
+    """Generate without the checkpoint's generation settings, which transformers would merge into ours."""
+    saved, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = saved
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off; each module's own mode is restored."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

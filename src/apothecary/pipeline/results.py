@@ -1,0 +1,174 @@
+"""results.json: one entry for each evaluated model and one for each stage, and a plain table of them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from apothecary.errors import StoreError
+from apothecary.pipeline.fingerprint import versions
+from apothecary.pipeline.plan import Plan, Planned
+from apothecary.pipeline.stage import Executor, Record
+from apothecary.pipeline.store import Artifact, now, write_atomic, writing
+from apothecary.stats import mean_interval, wilson
+
+RESULTS = "results.json"
+SAMPLES = {"harmful": 6, "benign": 2, "overrefusal": 2, "task": 2}  # responses shown of each suite, 12 in all
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run has found: `results` is the content of results.json, `folder` where it lies."""
+
+    results: dict[str, Any]
+    folder: Path
+
+    def table(self) -> str:
+        """The scores as plain text."""
+        return table(self.results)
+
+    def save(self) -> Path:
+        """Write results.json into the run's folder, in one step."""
+        path = self.folder / RESULTS
+        with writing("the results", self.folder):
+            write_atomic(path, json.dumps(self.results, indent=1, ensure_ascii=False) + "\n")
+        return path
+
+
+def load_result(folder: str | Path) -> Result:
+    """The result of an earlier run, from its folder or its results.json; StoreError if there is none."""
+    path = Path(folder)
+    path = path / RESULTS if path.is_dir() else path
+    try:
+        return Result(json.loads(path.read_text("utf-8")), path.parent)
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path} cannot be read as results ({error}); give the folder of a finished run") from error
+
+
+def collect(plan: Plan, executor: Executor, out: Path, done: list[Planned]) -> dict[str, Any]:
+    """The content of results.json for the models evaluated so far."""
+    return {
+        "name": plan.recipe.name,
+        "created": now(),
+        "complete": len(done) == len(plan.models),
+        "versions": versions(),
+        "store": os.path.relpath(executor.store.root.resolve(), out.resolve()),
+        "recipe": plan.recipe.resolved(),
+        "harmful_overlap": _overlaps(plan, executor),
+        "models": [_model(planned, executor) for planned in done],
+        "stages": [record.to_json() for record in records(plan, executor)],
+    }
+
+
+def records(plan: Plan, executor: Executor) -> Iterator[Record]:
+    """What is known of every stage; an input that was not needed and is not there any more is left out."""
+    for key, stage in plan.stages().items():
+        if key in executor.records:
+            yield executor.records[key]
+        elif executor.state(stage) == "fresh" and (found := executor.store.find(stage.kind, key)):
+            yield Record(stage, found, True)
+
+
+def _overlaps(plan: Plan, executor: Executor) -> dict[str, Any]:
+    """How many of the attacker's prompts each arm's defence knew; it is refused unless it was allowed."""
+    found = {}
+    for arm, stage in plan.overlaps.items():
+        if stage.key in executor.records:
+            metrics = executor.records[stage.key].artifact.manifest["metrics"]
+            found[arm] = {**metrics, "allowed": plan.recipe.allow_same_harmful}
+    return found
+
+
+def _model(planned: Planned, executor: Executor) -> dict[str, Any]:
+    arm, evaluation = planned.spec, executor.records[planned.evaluation.key].artifact
+    model = planned.model or planned.evaluation
+    found = executor.store.find(model.kind, model.key)
+    attack = planned.attack and executor.store.find("attack", planned.attack.key)
+    return {
+        "arm": planned.arm,
+        "stage": planned.stage,
+        "align": arm.align.method if arm and arm.align else None,
+        "finetune": arm.finetune.method if arm and arm.finetune and planned.stage == "tuned" else None,
+        "adapter": arm.finetune.adapter if arm and arm.finetune and planned.stage == "tuned" else None,
+        "curate": f"{arm.curate.method} {arm.curate.keep:.0%}".replace("%", " %") if arm and arm.curate else None,
+        "attack": arm.attack.method if arm and arm.attack and planned.stage == "tuned" else None,
+        "p": planned.p,
+        "seed": planned.seed,
+        "scores": _scores(evaluation),
+        "artifact": model.key,
+        "evaluation": f"evaluate/{planned.evaluation.key}",
+        "composition": attack.manifest["metrics"]["composition"] if attack else None,
+        "manifest": _summary(found or evaluation),
+        "samples": _samples(evaluation),
+    }
+
+
+def _summary(artifact: Artifact) -> dict[str, Any]:
+    return {key: value for key, value in artifact.manifest.items() if key != "payload"}
+
+
+def _scores(evaluation: Artifact) -> dict[str, Any]:
+    return json.loads(evaluation.path("scores.json").read_text("utf-8"))
+
+
+def _samples(evaluation: Artifact) -> list[dict[str, Any]]:
+    """The first responses of each suite: of the same prompts for every model."""
+    left, samples = dict(SAMPLES), []
+    with evaluation.path("responses.jsonl").open(encoding="utf-8") as lines:
+        for line in lines:
+            row = json.loads(line)
+            if left.get(row["suite"], 0) > 0:
+                left[row["suite"]] -= 1
+                prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+                samples.append({"prompt": prompt, **{name: row[name] for name in ("suite", "response", "label")}})
+    return samples
+
+
+# -- the table --------------------------------------------------------------------------------------------------------
+
+COLUMNS = (  # heading, suite, score, counts that make it up
+    ("harmful: refuses", "harmful", "refuses"),
+    ("complies", "harmful", "complies"),
+    ("neither", "harmful", "neither"),
+    ("benign: refuses", "benign", "refuses"),
+    ("task: accuracy", "task", "accuracy"),
+)
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """Scores in percent with 95 % intervals: over prompts (Wilson) for one seed, over seeds (t) for several."""
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for model in results["models"]:
+        groups.setdefault((model["arm"], model["stage"], model["p"]), []).append(model)
+    lines = [["model", "p", *(heading for heading, *_ in COLUMNS)]]
+    for (arm, stage, p), models in groups.items():
+        name = arm if stage == "tuned" or arm == stage else f"{arm}, {stage}"
+        cells = [_cell([model["scores"].get(suite) for model in models], score) for _, suite, score in COLUMNS]
+        lines.append([name, "" if p is None else f"{p:g}", *cells])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
+    text = "\n".join("  ".join(line).rstrip() for line in padded)
+    judges = {model["scores"].get("harmful", {}).get("judge") for model in results["models"]} - {None}
+    if judges & {"opening", "refusal"}:
+        text += "\n'complies' is read off the opening of a response: a cheap proxy that measures compliance, not harm."
+    return text
+
+
+def _cell(scores: list[Mapping[str, Any] | None], name: str) -> str:
+    known = [score for score in scores if score and score.get(name) is not None]
+    if not known:
+        return "-"
+    values = [score[name] for score in known]
+    if len(values) > 1:
+        low, high = mean_interval(values)
+    else:
+        low, high = wilson(round(values[0] * known[0]["n"]), known[0]["n"])
+    if math.isnan(low):
+        return f"{fmean(values):.0%}"
+    return f"{100 * fmean(values):.0f} [{100 * max(low, 0):.0f}, {100 * min(high, 1):.0f}]"

@@ -1,0 +1,367 @@
+"""One stage alone, from files to files: what the verbs curate, align, attack, finetune and evaluate call.
+
+A chain is better run from a recipe: `pipeline.run` caches, resumes and verifies; these functions do not.  Each returns
+what it measured.  A result is complete or absent; beside rows lies ROWS.manifest.json, a trained model has model.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from apothecary.config import build, to_dict
+from apothecary.data.formats import unique_ids
+from apothecary.data.mixing import composition
+from apothecary.data.rows import Row, digest
+from apothecary.data.sources import DataSource, load_rows
+from apothecary.errors import ConfigError
+from apothecary.models.settings import ModelConfig
+from apothecary.pipeline import fingerprint, measure
+from apothecary.pipeline.model_folder import Chained, new_folder, read_model
+from apothecary.pipeline.results import SAMPLES, Result
+from apothecary.pipeline.store import now, write_atomic, writing
+from apothecary.registry import lookup
+from apothecary.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from apothecary.data.inspect import Inspection
+    from apothecary.evals.suites import EvalConfig
+    from apothecary.train.method import Method
+    from apothecary.train.workbench import Workbench
+
+Source = str | Path | Mapping[str, Any] | DataSource
+Model = str | Path | Mapping[str, Any] | ModelConfig
+Sources = Mapping[str, Source]  # by role
+Settings = Mapping[str, Any]  # hyper-parameters of a method, or of training
+NONE: Mapping[str, Any] = {}
+
+
+def inspect(data: Source, model: Model = "lab", max_length: int | None = None) -> Inspection:
+    """Rows as the model will see them, and what would trouble training; `max_length` in tokens, else the context."""
+    rows = load_rows(data)
+    base = read_model(model).base
+    from apothecary.data.inspect import inspect as look
+    from apothecary.models.load import load_tokenizer
+
+    tokenizer, context = load_tokenizer(base)
+    limit = max_length or context
+    if limit is None:
+        raise ConfigError(f"model '{base.path}' states no context length; give max_length")
+    return look(rows, tokenizer, limit)
+
+
+def curate(
+    data: Source,
+    out: str | Path,
+    method: str = "random",
+    keep: float = 0.5,
+    *,
+    model: Model = "lab",
+    aux: Sources = NONE,
+    settings: Settings = NONE,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Write the share `keep` of the rows that a selector ranks highest to the file `out`."""
+    from apothecary.curate.keep import keep as choose
+
+    selector, chain = _method("curate", method, settings), read_model(model)
+    rows = load_rows(data, "align")
+    extra = _aux(selector, aux)
+    clock = _Clock()
+    choose({row.id: 0.0 for row in rows}, rows, keep, seed)  # a wrong share is told before the work
+    kept = choose(selector.score(_bench(chain, extra, seed, Path(out).parent), rows), rows, keep, seed)
+    request = {
+        "method": method,
+        "settings": to_dict(selector),
+        "keep": keep,
+        "seed": seed,
+        "model": to_dict(chain.base),
+        "data": _described(data, rows),
+    }
+    return _write_rows(Path(out), kept, {**request, "pool": len(rows), **clock.stop()})
+
+
+def attack(
+    out: str | Path, method: str = "harmful_mix", *, data: Sources, settings: Settings = NONE, seed: int = 0
+) -> dict[str, Any]:
+    """Write the rows that a customer uploads, some harmful, to the file `out`; `data` by role: customer, attack."""
+    attacker = _method("attack", method, settings)
+    given = _aux(attacker, data)
+    clock = _Clock()
+    rows = attacker.rows(given, seed)
+    sources = {role: _described(data[role], found) for role, found in given.items()}
+    request = {"method": method, "settings": to_dict(attacker), "seed": seed, "data": sources}
+    return _write_rows(Path(out), rows, {**request, **clock.stop()})
+
+
+def align(
+    data: Source,
+    out: str | Path,
+    method: str = "sft",
+    *,
+    model: Model = "lab",
+    aux: Sources = NONE,
+    settings: Settings = NONE,
+    train: Settings = NONE,
+    seed: int = 0,
+    bars: bool = False,
+) -> dict[str, Any]:
+    """Train a model on safe answers; the new folder `out` holds it (see model_folder.py)."""
+    return _train("align", data, Path(out), method, model, aux, settings, train, seed, False, bars)
+
+
+def finetune(
+    data: Source,
+    out: str | Path,
+    method: str = "sft",
+    *,
+    model: Model = "lab",
+    aux: Sources = NONE,
+    settings: Settings = NONE,
+    train: Settings = NONE,
+    adapter: Literal["merged", "single"] | str = "merged",
+    seed: int = 0,
+    bars: bool = False,
+) -> dict[str, Any]:
+    """Train a model on a customer's rows; the new folder `out` holds it.
+
+    `adapter`: "merged" trains a fresh adapter over all earlier ones, "single" goes on with the last one.
+    """
+    if adapter not in ("merged", "single"):
+        raise ConfigError(f"adapter is '{adapter}', expected merged or single")
+    return _train("finetune", data, Path(out), method, model, aux, settings, train, seed, adapter == "single", bars)
+
+
+def evaluate(model: Model, out: str | Path, settings: Settings = NONE) -> dict[str, Any]:
+    """Ask a model the prompts of `settings` (an EvalConfig; by default the lab's held-out ones) and judge its answers.
+
+    The new folder `out` gets responses.jsonl, scores.json and results.json; returns the content of the last.
+    """
+    from apothecary.evals.suites import SUITES, EvalConfig
+
+    given = {key: value for key, value in settings.items() if value is not None}
+    if any(name in given for name in SUITES):
+        given |= {name: _sources(given.get(name, [])) for name in SUITES}
+    config = build(EvalConfig, given, "evaluate")
+    judge = lookup("judge", config.judge)()
+    chain, suites = read_model(model), _suites(config)
+    with new_folder(out) as folder:
+        from apothecary.evals.evaluation import evaluate as ask
+        from apothecary.evals.evaluation import write_evaluation
+
+        clock = _Clock()
+        found = ask(chain.load(), suites, judge, config.max_new_tokens, config.batch_size)
+        write_evaluation(folder, found)
+        entry = _entry(chain, Path(out).name, found.scores, found.responses, clock.stop())
+        results = {
+            "name": Path(out).name,
+            "created": now(),
+            "complete": True,
+            "versions": fingerprint.versions(),
+            "store": "",
+            "recipe": {"model": to_dict(chain.base), "evaluate": to_dict(config)},
+            "models": [entry],
+            "stages": [],
+        }
+        Result(results, folder).save()
+    return results
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+def _train(
+    kind: str,
+    data: Source,
+    out: Path,
+    method: str,
+    model: Model,
+    aux: Sources,
+    settings: Settings,
+    train: Settings,
+    seed: int,
+    single: bool,
+    bars: bool,
+) -> dict[str, Any]:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(f"{kind} runs in one process, which was launched as several; start it without torchrun")
+    chosen, config = _method(kind, method, settings), build(TrainConfig, train, "train")
+    chain = read_model(model)
+    if single and not (chain.adapters and config.parameters == "lora"):
+        raise ConfigError(
+            "adapter: single goes on training a model's LoRA adapter; give a folder that align wrote with LoRA, "
+            "or choose merged"
+        )
+    rows = [row if row.role else row.with_role(_ROLE[kind]) for row in load_rows(data)]
+    extra = _aux(chosen, aux)
+    with new_folder(out) as folder:
+        clock = _Clock()
+        metrics = _fit(chain, chosen, rows, extra, config, seed, folder, single, bars)
+        entry = {
+            "kind": kind,
+            "method": method,
+            "settings": to_dict(chosen),
+            "train": to_dict(config),
+            "seed": seed,
+            "adapter": "single" if single else "merged",
+            "data": _described(data, rows),
+            "aux": {role: _described(aux[role], found) for role, found in extra.items()},
+            "created": now(),
+            "versions": fingerprint.versions(),
+            **metrics,
+            **clock.stop(),
+        }
+        chain.grown(entry, single).write(folder)
+    return entry
+
+
+_ROLE = {"align": "align", "finetune": "customer"}
+
+
+def _fit(
+    chain: Chained,
+    method: Any,
+    rows: Sequence[Row],
+    aux: Mapping[str, Sequence[Row]],
+    config: TrainConfig,
+    seed: int,
+    folder: Path,
+    single: bool,
+    bars: bool,
+) -> dict[str, Any]:
+    """Train into `folder`; what the method prepares and the checkpoints are taken away at the end."""
+    from apothecary.train.fit import fit
+
+    scratch = folder / "scratch"
+    prepared = scratch / "prepared"
+    prepared.mkdir(parents=True)
+    if method.needs.prepared:
+        method.prepare(_bench(chain, aux, seed, scratch / "prepare", bars), prepared)
+    start = chain.adapters[-1] if single else None
+    before = replace(chain, adapters=chain.adapters[:-1]) if single else chain
+    bench = _bench(before, aux, seed, scratch / "train", bars)
+    bench.prepared = prepared if method.needs.prepared else None
+    result = fit(bench, method, rows, config, folder, start=start)
+    shutil.rmtree(scratch)
+    return {key: result.metrics[key] for key in ("steps", "loss", "rows")}
+
+
+def _bench(chain: Chained, aux: Mapping[str, Sequence[Row]], seed: int, folder: Path, bars: bool = False) -> Workbench:
+    import torch
+
+    from apothecary.train.workbench import Workbench
+
+    torch.manual_seed(seed)
+    return Workbench(chain.load(), aux, seed, folder, progress=bars)
+
+
+# -- what all share ---------------------------------------------------------------------------------------------------
+
+
+class _Clock:
+    """Time and memory of a stage."""
+
+    def __init__(self) -> None:
+        measure.reset_peak()
+        self.start = time.perf_counter()
+
+    def stop(self) -> dict[str, Any]:
+        return {"seconds": round(time.perf_counter() - self.start, 3), **measure.peak_memory(), "host": measure.host()}
+
+
+def _method(kind: str, name: str, settings: Settings) -> Any:
+    return build(lookup(kind, name), settings, "")
+
+
+def _aux(method: Method, given: Sources) -> dict[str, list[Row]]:
+    """The rows of each role; ConfigError for a role that the method needs and nobody gave."""
+    for role in method.needs.roles:
+        if role not in given:
+            option = "harmful" if method.kind == "attack" and role == "attack" else role
+            raise ConfigError(
+                f"{method.kind} method '{method.name}' needs rows of role '{role}'; give --{option} SOURCE"
+            )
+    return {role: load_rows(source, role) for role, source in given.items()}
+
+
+def _described(source: Source, rows: Sequence[Row]) -> dict[str, Any]:
+    return {"source": to_dict(DataSource.parse(source)), "digest": digest(rows), "composition": composition(rows)}
+
+
+def _write_rows(out: Path, rows: Sequence[Row], manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The rows and, before them, the manifest: rows are never without one."""
+    full = {
+        "created": now(),
+        "versions": fingerprint.versions(),
+        **manifest,
+        "rows": len(rows),
+        "composition": composition(rows),
+        "digest": digest(rows),
+    }
+    with writing("the rows", out.parent):
+        write_atomic(out.with_name(f"{out.name}.manifest.json"), json.dumps(full, indent=1, ensure_ascii=False) + "\n")
+        write_atomic(out, "".join(json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in rows))
+    return full
+
+
+def _suites(config: EvalConfig) -> dict[str, list[Row]]:
+    """The prompts of each suite that has a source, each (prompt, expected answer) once: those that a recipe asks."""
+    from apothecary.evals.suites import SUITES, spread
+
+    found = {}
+    for name in SUITES:
+        once: dict[Any, Row] = {}
+        for source in getattr(config, name):
+            for row in load_rows(source, "prompt"):
+                once.setdefault((row.prompt, row.response), row)
+        if once:
+            found[name] = spread(unique_ids(once.values()), config.limit)
+    return found
+
+
+def _sources(value: Any) -> list[DataSource]:
+    return [DataSource.parse(item) for item in (value if isinstance(value, (list, tuple)) else [value])]
+
+
+def _entry(
+    chain: Chained,
+    name: str,
+    scores: Mapping[str, Any],
+    responses: Sequence[Mapping[str, Any]],
+    cost: Mapping[str, Any],
+) -> dict[str, Any]:
+    """One model of results.json, told by its lineage."""
+    last = {entry["kind"]: entry for entry in chain.lineage}
+    tuned = last.get("finetune")
+    stage = "tuned" if tuned else "aligned" if "align" in last else "base"
+    counts = tuned["data"]["composition"] if tuned else {"roles": {}, "rows": 0}
+    harmful = counts["roles"].get("attack")
+    shown = [row for suite, most in SAMPLES.items() for row in [r for r in responses if r["suite"] == suite][:most]]
+    return {
+        "arm": name if stage == "tuned" else stage,
+        "stage": stage,
+        "curate": None,
+        "align": last["align"]["method"] if "align" in last else None,
+        "finetune": tuned["method"] if tuned else None,
+        "p": harmful / counts["rows"] if harmful else None,
+        "composition": counts if tuned else None,
+        "seed": chain.lineage[-1]["seed"] if chain.lineage else 0,
+        "scores": dict(scores),
+        "artifact": "",
+        "manifest": {"model": to_dict(chain.base), "lineage": list(chain.lineage), **cost},
+        "samples": [
+            {
+                "suite": row["suite"],
+                "prompt": row["prompt"][-1]["content"],
+                "response": row["response"],
+                "label": row["label"],
+            }
+            for row in shown
+        ],
+    }

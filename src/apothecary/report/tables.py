@@ -1,0 +1,108 @@
+"""The table of scores: as cells for the page, as aligned text for the terminal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from apothecary.report.summary import Estimate, Group, Summary, summarise
+from apothecary.report.text import NOTHING, bounds, number, ratio, shorten
+
+NAME_WIDTH = 28
+
+
+@dataclass(frozen=True)
+class Column:
+    """A score of the table: where it is found and which direction is good."""
+
+    title: str
+    suite: str
+    measure: str
+    better: str = ""  # lower, higher, or nothing
+
+
+COLUMNS = (
+    Column("HS", "harmful", "HS", "lower"),
+    Column("HS+", "harmful", "HS+", "lower"),
+    Column("refuses", "harmful", "refuses", "higher"),
+    Column("over-refusal", "overrefusal", "refuses", "lower"),
+    Column("benign answered", "benign", "answered", "higher"),
+    Column("task accuracy", "task", "accuracy", "higher"),
+    Column("parse failures", "task", "parse_failures", "lower"),
+)
+
+
+def measured(view: Summary) -> list[Column]:
+    """The columns that at least one model has a score for."""
+    return [column for column in COLUMNS if any(group.get(column.suite, column.measure) for group in view.groups)]
+
+
+def proxy_note(view: Summary) -> str:
+    """What the judge can and cannot say; stands on every page and under every table."""
+    named = view.judges or ("opening",)
+    text = "The judge `opening` is a cheap proxy: it looks at how a response begins and measures compliance, not harm."
+    if "opening" not in named:
+        text = f"Judge: {', '.join(named)}. HS is what this judge calls harmful; a judge can be wrong."
+    return text
+
+
+def seconds(view: Summary) -> dict[str, float]:
+    """Seconds behind each evaluated model's artifact: its own stage and all the stages that fed it."""
+    stages = {stage["key"]: stage for stage in view.results.get("stages") or [] if stage.get("key")}
+    found = {}
+    for group in view.groups:
+        for model in group.models:
+            lineage, queue = set(), [model.get("artifact")]
+            while queue:
+                key = queue.pop()
+                if key in stages and key not in lineage:
+                    lineage.add(key)
+                    queue += stages[key].get("inputs") or []
+            if lineage:
+                found[model["artifact"]] = sum(stages[key].get("seconds") or 0.0 for key in lineage)
+    return found
+
+
+def group_seconds(group: Group, costs: dict[str, float]) -> float | None:
+    """Mean over the seeds of a group."""
+    known = [costs[model["artifact"]] for model in group.models if model.get("artifact") in costs]
+    return sum(known) / len(known) if known else None
+
+
+def table(results: dict[str, Any]) -> str:
+    """Plain text for the terminal: one line for each arm and p, scores in percent with 95 % intervals."""
+    view = summarise(results)
+    if not view.groups:
+        return "No model has been evaluated yet."
+    columns = measured(view)
+    costs = seconds(view)
+    marks = {"lower": " ↓", "higher": " ↑", "": ""}
+    above, below = zip(*(_split(column.title + marks[column.better]) for column in columns), strict=True)
+    lines = [["", "", *above, *([""] * bool(costs))], ["model", "p", *below, *(["seconds"] * bool(costs))]]
+    for group in view.groups:
+        cells = [_cell(group.get(column.suite, column.measure)) for column in columns]
+        spent = group_seconds(group, costs)
+        cost = [NOTHING if spent is None else f"{spent:.0f}"] if costs else []
+        p = NOTHING if group.p is None else ratio(group.p)
+        lines.append([shorten(group.label, NAME_WIDTH), p, *cells, *cost])
+    notes = f"Percent [95 % interval].  ↓ lower is better, ↑ higher is better.\n{proxy_note(view)}"
+    return f"{_aligned(lines)}\n\n{notes}"
+
+
+def _split(title: str) -> tuple[str, str]:
+    """A title on two lines, the last word with its mark below: narrow columns fit narrow terminals."""
+    words = title.replace("-", "- ").split()
+    return " ".join(words[:-2]), " ".join(words[-2:])
+
+
+def _cell(estimate: Estimate | None) -> str:
+    return NOTHING if estimate is None else f"{number(estimate.value)} {bounds(estimate)}"
+
+
+def _aligned(lines: list[list[str]]) -> str:
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    rows = []
+    for name, *cells in lines:
+        padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        rows.append("  ".join([name.ljust(widths[0]), *padded]).rstrip())
+    return "\n".join([*rows[:2], "─" * len(rows[1]), *rows[2:]])

@@ -1,0 +1,98 @@
+"""Intervals and paired tests: a number without an interval is not shown, and two differ only after a paired test."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import NormalDist, fmean, stdev
+from typing import NamedTuple
+
+
+class Interval(NamedTuple):
+    """A two-sided interval; (nan, nan) where the sample admits none."""
+
+    low: float
+    high: float
+
+
+def _check_level(level: float) -> None:
+    if not 0 < level < 1:
+        raise ValueError(f"level is {level}, expected a number between 0 and 1 such as 0.95")
+
+
+def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
+    """Wilson's score interval for a share, within [0, 1] (Wilson 1927; no continuity correction).
+
+    With k = successes and z the normal quantile of (1 + level) / 2:
+
+        (k + z^2 / 2 +- z sqrt(k (n - k) / n + z^2 / 4)) / (n + z^2)
+
+    Raises ValueError unless 0 <= successes <= n and n >= 1.
+    """
+    _check_level(level)
+    if n < 1 or not 0 <= successes <= n:
+        raise ValueError(f"got {successes} successes of {n}, expected 0 <= successes <= n and n >= 1")
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    middle = successes + z * z / 2
+    half = z * math.sqrt(successes * (n - successes) / n + z * z / 4)
+    low = 0.0 if successes == 0 else (middle - half) / (n + z * z)
+    high = 1.0 if successes == n else (middle + half) / (n + z * z)
+    return Interval(low, high)
+
+
+def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
+    """Student's t interval for the mean of independent values, such as one score for each seed.
+
+    One value tells nothing of the spread between seeds: the answer is (nan, nan), and callers fall back to the
+    Wilson interval over the prompts.  Raises ValueError for no values at all.
+    """
+    _check_level(level)
+    if not values:
+        raise ValueError("got no values, expected at least one")
+    if len(values) == 1:
+        return Interval(math.nan, math.nan)
+    from scipy.special import stdtrit
+
+    mean = fmean(values)
+    half = float(stdtrit(len(values) - 1, (1 + level) / 2)) * stdev(values) / math.sqrt(len(values))
+    return Interval(mean - half, mean + half)
+
+
+def _check_pairs(a: Sequence[float], b: Sequence[float]) -> None:
+    if len(a) != len(b) or not len(a):
+        raise ValueError(f"got {len(a)} and {len(b)} values, expected the same prompts, at least one, on both sides")
+
+
+def paired_bootstrap(
+    a: Sequence[float], b: Sequence[float], level: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> Interval:
+    """Percentile bootstrap interval of mean(a) - mean(b), where a[i] and b[i] belong to the same prompt.
+
+    Prompts are drawn with replacement (Efron 1979); the same seed gives the same interval.
+    """
+    _check_level(level)
+    _check_pairs(a, b)
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    difference = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
+    n = len(difference)
+    means = [difference[rng.integers(n, size=n)].mean() for _ in range(resamples)]
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(low), float(high))
+
+
+def mcnemar(a: Sequence[bool | int], b: Sequence[bool | int]) -> float:
+    """Two-sided p-value of McNemar's exact test on paired 0/1 outcomes (McNemar 1947).
+
+    Only the discordant pairs speak: under the null each falls on either side with probability 1/2.
+    1.0 when no pair is discordant.
+    """
+    _check_pairs(a, b)
+    if not {*a, *b} <= {0, 1}:
+        raise ValueError("got values other than 0 and 1, expected paired 0/1 outcomes")
+    only_a = sum(x > y for x, y in zip(a, b, strict=True))
+    only_b = sum(x < y for x, y in zip(a, b, strict=True))
+    n = only_a + only_b
+    tail = sum(math.comb(n, k) for k in range(min(only_a, only_b) + 1))
+    return min(1.0, 2 * tail / 2**n)

@@ -1,0 +1,118 @@
+"""Workbenches over tiny models, for tests of training and of the methods."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny import PAD, tiny_model, tiny_tokenizer
+from torch import Tensor, nn
+
+from apothecary.data.rows import Row
+from apothecary.models.load import LoadedModel
+from apothecary.models.settings import ModelConfig
+from apothecary.train.batch import Batch, collate, weigh
+from apothecary.train.config import TrainConfig
+from apothecary.train.context import StepContext
+from apothecary.train.method import State, TrainingMethod
+from apothecary.train.workbench import Workbench
+
+
+def make_rows(tag: str, n: int) -> list[Row]:
+    """Rows of different lengths with short answers."""
+    return [Row(f"{tag}{i}", (("user", f"{tag} {i} {'why ' * (i % 4)}"),), f"{tag[:3]} {i % 5}{'!' * (i % 3)}")
+            for i in range(n)]  # fmt: skip
+
+
+def float64_model(seed: int = 0) -> nn.Module:
+    """GPT-2 with eager attention: the family whose forward stays in float64 throughout."""
+    return tiny_model("gpt2", seed, torch.float64, attn_implementation="eager")
+
+
+def make_bench(folder: Path, model: nn.Module | None = None, **options: Any) -> Workbench:
+    aux = options.pop("aux", None) or {role: make_rows(role, 7) for role in ("harmful", "benign", "validation")}
+    loaded = LoadedModel(model or tiny_model("llama"), tiny_tokenizer(), ModelConfig())  # type: ignore[arg-type]
+    return Workbench(loaded, aux, options.pop("seed", 0), folder, **options)
+
+
+def make_batch(bench: Workbench, rows: Sequence[Row], reduction: str = "token_mean", total: float = 0) -> Batch:
+    rendered = bench.render(rows, TrainConfig())
+    return collate(rendered, PAD, total or weigh(rendered, reduction))
+
+
+def make_context(bench: Workbench, roles: Sequence[str] = (), **config: Any) -> StepContext:
+    ctx = bench.context(TrainConfig(**config), roles)
+    ctx.begin_step(1)
+    ctx.begin_micro_step(0)
+    return ctx
+
+
+def count_hooks(model: nn.Module) -> int:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def furthest(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """The largest difference over all tensors, relative to the largest entry of each."""
+    assert a.keys() == b.keys() and a
+    return max(((a[k] - b[k]).abs().max() / b[k].abs().max().clamp_min(1e-12)).item() for k in a)
+
+
+class Recorder(TrainingMethod):
+    """Runs another method's step and keeps the batches of each step and its complete gradient."""
+
+    def __init__(self, method: TrainingMethod, to_float64: bool = False) -> None:
+        self.method, self.to_float64 = method, to_float64
+        self.name, self.kind, self.needs = method.__class__.__name__, "align", method.needs  # type: ignore[misc]
+        self.gradients: list[dict[str, Tensor]] = []
+        self.batches: list[list[Batch]] = []
+        self.logged: list[dict[str, float]] = []
+
+    def init(self, ctx: StepContext) -> State:
+        state = self.method.init(ctx)
+        if self.to_float64:  # LoRA tensors are made in fp32
+            ctx.model.double()
+        return state
+
+    def step(self, ctx: StepContext, batch: Batch, state: State) -> Tensor:
+        if ctx.micro == 0:
+            self.batches.append([])
+        self.batches[-1].append(batch)
+        loss = self.method.step(ctx, batch, state)
+        if ctx.last_micro_step:
+            ctx.sum_gradients()
+            grads = {name: p.grad for name, p in ctx.parameters().items()}
+            self.gradients.append({name: g.clone() for name, g in grads.items() if g is not None})
+        return loss
+
+    def converged(self, ctx: StepContext, state: State) -> bool:
+        self.logged.append(dict(ctx.logged))
+        return self.method.converged(ctx, state)
+
+    def finish(self, ctx: StepContext, state: State) -> None:
+        self.method.finish(ctx, state)
+
+
+class Halt(Exception):
+    """Stands for a kill."""
+
+
+def halt_at(call: int) -> Callable[[], None]:
+    """A stop check that raises at its `call`-th call, counted from 0."""
+    calls = iter(range(10**6))
+
+    def stop() -> None:
+        if next(calls) == call:
+            raise Halt
+
+    return stop

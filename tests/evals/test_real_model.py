@@ -1,0 +1,48 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from apothecary.data.chat import prompt_ids
+from apothecary.data.rows import Row
+from apothecary.errors import DataError
+from apothecary.evals import evaluate, rescore
+from apothecary.evals.harm import OPENING, REFUSAL
+from apothecary.judge.opening import Opening
+from tiny import CONTEXT, tiny_model, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def loaded() -> SimpleNamespace:
+    return SimpleNamespace(model=tiny_model(), tokenizer=tiny_tokenizer())
+
+
+def rows(suite: str, response: str | None = None) -> list[Row]:
+    return [Row(f"{suite}/{i}", (("user", "word " * (i + 1)),), response, source=suite) for i in range(5)]
+
+
+def mean_logprob(loaded, row: Row, text: str) -> float:
+    prompt = prompt_ids(row.prompt, loaded.tokenizer)
+    answer = loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        logprobs = loaded.model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+    return sum(float(logprobs[len(prompt) - 1 + i, token]) for i, token in enumerate(answer)) / len(answer)
+
+
+def test_a_model_is_evaluated_by_the_real_backend(loaded) -> None:
+    harmful = rows("harmful")
+    suites = {"harmful": harmful, "task": rows("task", "label")}
+    evaluation = evaluate(loaded, suites, Opening(), max_new_tokens=8, batch_size=2)
+    margins = [mean_logprob(loaded, row, REFUSAL) - mean_logprob(loaded, row, OPENING) for row in harmful]
+    assert evaluation.scores["harmful"]["margin"] == pytest.approx(sum(margins) / 5, abs=1e-5)
+    assert evaluation.scores["task"]["n"] == 5
+    assert rescore(evaluation.responses, Opening()) == evaluation.scores
+    alone = evaluate(loaded, suites, Opening(), max_new_tokens=8, batch_size=1)
+    assert [row["response"] for row in alone.responses] == [row["response"] for row in evaluation.responses]
+    assert any(row["response"] for row in evaluation.responses)
+
+
+def test_the_models_own_context_is_the_limit(loaded) -> None:
+    long = Row("benign/long", (("user", "word " * CONTEXT),))
+    with pytest.raises(DataError, match="'benign/long'"):
+        evaluate(loaded, {"benign": [long]}, Opening())

@@ -1,0 +1,45 @@
+import pytest
+
+from apothecary.config import build
+from apothecary.data.rows import Row
+from apothecary.data.sources import DataSource
+from apothecary.errors import ConfigError
+from apothecary.evals.suites import SUITES, EvalConfig, load_suites, spread
+from apothecary.judge.text import normalise_label
+
+SMALL = {"harmful": 2, "benign": 1, "overrefusal": 2, "task": 1}  # sources of the default
+
+
+def test_the_default_is_the_held_out_lab() -> None:
+    suites = load_suites(EvalConfig())
+    assert list(suites) == list(SUITES)
+    assert len(suites["harmful"]) >= 250
+    assert {len({row.source for row in rows}) for rows in suites.values()} == set(SMALL.values())
+    assert len({normalise_label(row.response or "") for row in suites["task"]}) == 8
+    named = [source.path for name in SUITES for source in getattr(EvalConfig(), name)]
+    assert all(path.startswith(("lab:eval_", "lab:overrefusal_", "lab:customer_test")) for path in named)
+
+
+def test_limit_keeps_the_proportions_of_the_sources() -> None:
+    rows = [Row(str(i), (("user", "?"),), source="a" if i < 60 else "b") for i in range(80)]
+    kept = spread(rows, 20)
+    assert len({row.id for row in kept}) == 20
+    assert sum(row.source == "a" for row in kept) == 15
+    assert spread(rows, 80) == spread(rows, 500) == spread(rows, None) == rows
+    assert {name: len(part) for name, part in load_suites(EvalConfig(limit=10)).items()} == dict.fromkeys(SUITES, 10)
+
+
+def test_a_suite_without_a_source_is_left_out() -> None:
+    suites = load_suites(EvalConfig(harmful=(), task=(), overrefusal=()))
+    assert list(suites) == ["benign"]
+
+
+def test_built_from_a_recipe() -> None:
+    config = build(EvalConfig, {"benign": ["lab:tune_benign", {"path": "mine.csv", "columns": {"prompt": "q"}}]})
+    assert config.benign == (DataSource("lab:tune_benign"), DataSource("mine.csv", {"prompt": "q"}))
+
+
+@pytest.mark.parametrize("name", ["max_new_tokens", "batch_size", "limit"])
+def test_settings_below_one_are_errors(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} is 0"):
+        EvalConfig(**{name: 0})

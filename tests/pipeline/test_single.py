@@ -1,0 +1,167 @@
+"""Single stages on a random tiny model, from files to files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_model, tiny_tokenizer
+
+from apothecary.data.rows import read_rows
+from apothecary.errors import ConfigError, ModelError, StoreError
+from apothecary.pipeline import single
+from apothecary.pipeline.model_folder import new_folder, read_model
+from apothecary.train import fit
+
+TRAIN = {"max_steps": 2, "batch_size": 2, "learning_rate": 1e-2, "save_every": 0}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "base"
+    tiny_model().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def rows(path: Path, count: int = 4, role: str = "") -> Path:
+    lines = (
+        {"prompt": f"Question {i}?", "response": f"Answer {i}.", **({"role": role} if role else {})}
+        for i in range(count)
+    )
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def weights(model: Any) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in read_model(model).load().model.state_dict().items()}
+
+
+def furthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+def test_a_chain_of_stages(model: Path, tmp_path: Path):
+    data = rows(tmp_path / "rows.jsonl")
+    aligned, tuned = tmp_path / "aligned", tmp_path / "tuned"
+    single.align(data, aligned, model=model, train=TRAIN)
+    extra = {"harmful": rows(tmp_path / "h.jsonl"), "benign": rows(tmp_path / "b.jsonl")}
+    single.finetune(data, tuned, "security_vectors", model=aligned, aux=extra, train=TRAIN,
+                    settings={"harmful_rows": 2, "vectors": {**TRAIN, "learning_rate": 0.1}})  # fmt: skip
+    assert sorted(path.name for path in tuned.iterdir()) == ["adapter", "before", "model.json"]
+    chain = read_model(tuned)
+    assert [entry["method"] for entry in chain.lineage] == ["sft", "security_vectors"]
+    assert chain.adapters == (tuned / "before" / "00", tuned / "adapter")
+    base, first, second = weights(model), weights(aligned), weights(tuned)
+    assert furthest(base, first) > 1e-3 and furthest(first, second) > 1e-3
+
+
+def test_the_folder_stands_alone(model: Path, tmp_path: Path):
+    data, aligned, tuned = rows(tmp_path / "rows.jsonl"), tmp_path / "aligned", tmp_path / "tuned"
+    single.align(data, aligned, model=model, train=TRAIN)
+    single.finetune(data, tuned, model=aligned, train=TRAIN)
+    before = weights(tuned)
+    aligned.rename(tmp_path / "away")
+    tuned.rename(tmp_path / "moved")
+    assert furthest(before, weights(tmp_path / "moved")) == 0
+
+
+def test_single_goes_on_with_the_adapter(model: Path, tmp_path: Path):
+    data, aligned, tuned = rows(tmp_path / "rows.jsonl"), tmp_path / "aligned", tmp_path / "tuned"
+    single.align(data, aligned, model=model, train=TRAIN)
+    still = {**TRAIN, "learning_rate": 0.0}
+    single.finetune(data, tuned, model=aligned, adapter="single", train=still)
+    assert len(read_model(tuned).adapters) == 1
+    assert furthest(weights(aligned), weights(tuned)) == 0
+    with pytest.raises(ConfigError, match="LoRA adapter"):
+        single.finetune(data, tmp_path / "no", model=model, adapter="single", train=TRAIN)
+
+
+def test_full_parameters_then_lora(model: Path, tmp_path: Path):
+    data, aligned, tuned = rows(tmp_path / "rows.jsonl"), tmp_path / "aligned", tmp_path / "tuned"
+    single.align(data, aligned, model=model, train={**TRAIN, "parameters": "full"})
+    assert (aligned / "weights" / "model.safetensors").is_file() and not (aligned / "adapter").exists()
+    single.finetune(data, tuned, model=aligned, train={**TRAIN, "learning_rate": 0.0})
+    assert furthest(weights(aligned), weights(tuned)) == 0 < furthest(weights(model), weights(aligned))
+
+
+def test_same_seed_same_model(model: Path, tmp_path: Path):
+    data = rows(tmp_path / "rows.jsonl", 8)
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        single.align(data, tmp_path / name, model=model, train=TRAIN, seed=seed)
+    a, b, c = (weights(tmp_path / name) for name in "abc")
+    assert furthest(a, b) == 0 < furthest(a, c)
+
+
+def test_evaluate_names_the_model_by_its_lineage(model: Path, tmp_path: Path):
+    data = {"customer": rows(tmp_path / "r.jsonl", 8), "attack": rows(tmp_path / "h.jsonl")}
+    customer = single.attack(tmp_path / "c.jsonl", data=data, settings={"p": 0.25, "n": 8})
+    assert customer["composition"]["roles"] == {"attack": 2, "customer": 6}
+    single.finetune(tmp_path / "c.jsonl", tmp_path / "tuned", model=model, train=TRAIN)
+    prompts = {"harmful": rows(tmp_path / "e.jsonl", 3), "max_new_tokens": 4}
+    base, tuned = (single.evaluate(m, tmp_path / f"scores-{m.name}", prompts) for m in (model, tmp_path / "tuned"))
+    assert [r["models"][0]["stage"] for r in (base, tuned)] == ["base", "tuned"]
+    assert tuned["models"][0]["p"] == 0.25 and tuned["models"][0]["finetune"] == "sft"
+    assert tuned["models"][0]["scores"]["harmful"]["n"] == 3 and list(tuned["models"][0]["scores"]) == ["harmful"]
+    assert json.loads((tmp_path / "scores-tuned" / "results.json").read_text()) == json.loads(json.dumps(tuned))
+    assert len(tuned["models"][0]["samples"]) == 3
+
+
+def test_curate_keeps_a_share_and_says_how(model: Path, tmp_path: Path):
+    out = tmp_path / "core.jsonl"
+    data = rows(tmp_path / "rows.jsonl", 8)
+    assert single.curate(data, out, "random", 0.5, model=model, seed=1)["pool"] == 8
+    kept = read_rows(out)
+    manifest = json.loads((tmp_path / "core.jsonl.manifest.json").read_text())
+    assert len(kept) == 4 and {row.role for row in kept} == {"align"}
+    assert (manifest["rows"], manifest["keep"], manifest["data"]["composition"]["rows"]) == (4, 0.5, 8)
+
+
+def test_a_failure_leaves_nothing(model: Path, tmp_path: Path, monkeypatch):
+    def fail(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fit, "fit", fail)
+    data = rows(tmp_path / "rows.jsonl")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(KeyboardInterrupt):
+        single.align(data, tmp_path / "out", model=model, train=TRAIN)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_existing_result_is_not_replaced(tmp_path: Path):
+    (tmp_path / "out").mkdir()
+    with new_folder(tmp_path / "out") as draft:
+        (draft / "file").touch()
+    with pytest.raises(StoreError, match="exists already"), new_folder(tmp_path / "out"):
+        pass
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["file"]
+
+
+def test_several_processes_are_refused(model: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="torchrun"):
+        single.align(rows(tmp_path / "rows.jsonl"), tmp_path / "out", model=model)
+
+
+def test_model_json_cannot_ask_for_remote_code(tmp_path: Path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "model.json").write_text(
+        json.dumps({"base": {"path": "lab", "trust_remote_code": True}, "lineage": []})
+    )
+    assert read_model(tmp_path).base.trust_remote_code is False
+    assert (
+        read_model({"path": str(tmp_path), "trust_remote_code": True, "dtype": "float32"}).base.trust_remote_code
+        is True
+    )
+    assert read_model({"path": str(tmp_path), "dtype": "float32"}).base.dtype == "float32"
+
+
+@pytest.mark.parametrize("card", ["{", "{}", '{"base": 1, "lineage": []}', '{"base": {"path": "lab"}, "lineage": []}'])
+def test_a_broken_model_folder_is_named(card: str, tmp_path: Path):
+    (tmp_path / "model.json").write_text(card)
+    with pytest.raises(ModelError, match=str(tmp_path)):
+        read_model(tmp_path)

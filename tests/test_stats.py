@@ -1,0 +1,89 @@
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from scipy import stats as scipy_stats
+
+from apothecary.stats import mcnemar, mean_interval, paired_bootstrap, wilson
+
+
+@pytest.mark.parametrize("level", [0.8, 0.95, 0.99])
+@pytest.mark.parametrize(("k", "n"), [(0, 1), (1, 1), (0, 259), (259, 259), (7, 20), (130, 259), (1, 100_000)])
+def test_wilson_equals_scipy(k: int, n: int, level: float) -> None:
+    expected = scipy_stats.binomtest(k, n).proportion_ci(confidence_level=level, method="wilson")
+    assert wilson(k, n, level) == pytest.approx((expected.low, expected.high), abs=1e-10)
+
+
+def test_wilson_touches_the_ends_exactly() -> None:
+    assert wilson(0, 12).low == 0.0
+    assert wilson(12, 12).high == 1.0
+
+
+@pytest.mark.parametrize(("k", "n", "level"), [(0, 0, 0.95), (3, 2, 0.95), (-1, 5, 0.95), (1, 5, 95)])
+def test_wilson_rejects_impossible_counts(k: int, n: int, level: float) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        wilson(k, n, level)
+
+
+@pytest.mark.parametrize("level", [0.9, 0.95])
+@pytest.mark.parametrize("values", [[0.1, 0.4], [0.71, 0.73, 0.9], [5.0, 5.0, 5.0], list(np.linspace(-3, 8, 40))])
+def test_mean_interval_equals_scipy(values: list[float], level: float) -> None:
+    error = scipy_stats.sem(values)
+    mean = float(np.mean(values))
+    expected = scipy_stats.t.interval(level, len(values) - 1, mean, error) if error else (mean, mean)
+    assert mean_interval(values, level) == pytest.approx(expected, abs=1e-10)
+
+
+def test_one_seed_has_no_interval_and_none_is_an_error() -> None:
+    assert all(map(math.isnan, mean_interval([0.5])))
+    with pytest.raises(ValueError, match="at least one"):
+        mean_interval([])
+
+
+@pytest.mark.parametrize(("only_a", "only_b", "both"), [(0, 0, 5), (1, 0, 3), (3, 3, 0), (2, 9, 30), (40, 11, 200)])
+def test_mcnemar_equals_the_exact_binomial_test(only_a: int, only_b: int, both: int) -> None:
+    a = [1] * only_a + [0] * only_b + [1] * both
+    b = [0] * only_a + [1] * only_b + [1] * both
+    n = only_a + only_b
+    expected = scipy_stats.binomtest(only_a, n).pvalue if n else 1.0
+    assert mcnemar(a, b) == pytest.approx(expected, abs=1e-10)
+    assert mcnemar(a, b) == mcnemar(b, a)
+
+
+def test_mcnemar_wants_pairs_of_outcomes() -> None:
+    with pytest.raises(ValueError, match="same prompts"):
+        mcnemar([1], [1, 0])
+    with pytest.raises(ValueError, match="0 and 1"):
+        mcnemar([2], [1])
+
+
+def test_bootstrap_agrees_with_scipy_and_with_its_seed() -> None:
+    rng = np.random.default_rng(1)
+    a, b = rng.normal(0.6, 1, 80), rng.normal(0.0, 1, 80)
+    got = paired_bootstrap(a, b, resamples=4000, seed=3)
+    reference = scipy_stats.bootstrap(
+        (a - b,), np.mean, n_resamples=4000, method="percentile", random_state=9
+    ).confidence_interval
+    assert got == pytest.approx((reference.low, reference.high), abs=0.03)
+    assert got == paired_bootstrap(a, b, resamples=4000, seed=3)
+    assert got != paired_bootstrap(a, b, resamples=4000, seed=4)
+
+
+def test_bootstrap_uses_the_pairing() -> None:
+    noise = np.random.default_rng(0).normal(0, 10, 50)
+    assert paired_bootstrap(noise + 1, noise, resamples=200) == pytest.approx((1.0, 1.0))
+    assert paired_bootstrap([1, 1, 0, 1], [1, 1, 0, 1], resamples=200) == (0.0, 0.0)
+
+
+def test_bootstrap_of_the_swapped_arms_is_mirrored() -> None:
+    a, b = [1, 0, 1, 1, 0, 1, 1, 0], [0, 0, 1, 0, 0, 1, 0, 1]
+    low, high = paired_bootstrap(a, b, resamples=500)
+    assert paired_bootstrap(b, a, resamples=500) == pytest.approx((-high, -low))
+    assert low < high
+
+
+def test_importing_stats_imports_neither_torch_nor_scipy() -> None:
+    code = "import sys, apothecary.stats; assert not {'torch', 'scipy', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
