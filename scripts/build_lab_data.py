@@ -137,7 +137,7 @@ def build(src: Sources) -> dict[str, list[dict]]:
         "eval_benign": pool.take(130, "simple_instructions"),
         "tune_benign": pool.take(70, "simple_instructions"),
         "customer_general": pool.take(100, "simple_instructions"),
-        "benign": pool.take(150, "simple_instructions") + pool.take(100, "gsm8k"),
+        "benign": pool.take(150, "simple_instructions") + pool.take(250, "gsm8k"),
         "tune_task": pool.take(160, "banking77_train"),
         "customer_train": pool.take(500, "banking77_train"),
         "align": refused(pool.take(None, "advbench", *questions), rng)
@@ -160,7 +160,8 @@ def build(src: Sources) -> dict[str, list[dict]]:
     splits["overrefusal_xstest_safe"] = far_from(training, rows_of(
         "xstest_safe", [r["prompt"] for r in xstest], category=[r["type"] for r in xstest]))  # fmt: skip
     splits["overrefusal_jailbreakbench"] = far_from(training, rows_of(
-        "jailbreakbench_benign", [r["goal"] for r in jb_benign], category=[r["category"] for r in jb_benign]))  # fmt: skip
+        "jailbreakbench_benign", [r["goal"] for r in jb_benign],
+        category=[r["category"] for r in jb_benign]))  # fmt: skip
     splits["customer_test"] = balanced(far_from(training, rows_of(
         "banking77_test", [r["text"] for r in bank],
         response=[r["category"].replace("_", " ") for r in bank])))  # fmt: skip

@@ -50,8 +50,9 @@ def test_the_loss_falls_and_the_adapter_is_written(tmp_path):
     losses = [entry["loss"] for entry in result.history]
     assert len(losses) == 25 and losses[-1] < 0.5 * losses[0]
     assert result.metrics["rows"] == 8 and result.metrics["steps"] == 25
-    assert {p.name for p in (tmp_path / "out" / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
-    assert all("lora_" in key for key in load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors"))
+    folder = tmp_path / "out" / "adapter"
+    assert {p.name for p in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert all("lora_" in key for key in load_file(folder / "adapter_model.safetensors"))
 
 
 def test_both_kinds_are_registered():

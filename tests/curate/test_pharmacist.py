@@ -85,23 +85,23 @@ def test_weights_have_mean_one():
 
 def test_the_target_equals_the_reference(tmp_path):
     bench, ctx, *_ = scene(tmp_path)
-    train, harmful, validation = (make_batch(bench, make_rows(tag, 4)) for tag in ("pool", "harmful", "validation"))
+    batches = train, harmful, validation = [make_batch(bench, make_rows(tag, 4)) for tag in ("pool", "harm", "val")]
+    train_parts, *others = (parts(batch) for batch in batches)
     gamma = torch.tensor([0.4, 1.3, 0.9, 1.4], dtype=torch.float64)
     method = Pharmacist(alpha=0.2, eta_theta=0.5)
     before = snapshot(ctx.model)
     found = method.target(ctx, train, gamma, harmful, validation)
-    expected = reference.target(weights_of(ctx), parts(train), gamma, parts(harmful), parts(validation), SHAPE, 0.5, 0.2)
+    expected = reference.target(weights_of(ctx), train_parts, gamma, *others, SHAPE, 0.5, 0.2)
     assert furthest(found, expected) < 1e-9
     assert same_bits(before, snapshot(ctx.model)), "theta_0 again"
-    plain = reference.target(weights_of(ctx), parts(train), gamma, parts(harmful), parts(validation), SHAPE, 0.0, 0.0)
+    plain = reference.target(weights_of(ctx), train_parts, gamma, *others, SHAPE, 0.0, 0.0)
     assert furthest(plain, expected) > 1e-2, "both inner steps matter"
     exact = Pharmacist(gradient="exact").alignment(ctx, train, found)
-    slopes = reference.slopes(weights_of(ctx), parts(train), expected, SHAPE)
+    slopes = reference.slopes(weights_of(ctx), train_parts, expected, SHAPE)
     assert furthest({"s": exact}, {"s": slopes}) < 1e-8
 
 
-def test_the_attack_can_be_normalised(tmp_path):
-    _, ctx, *_ = scene(tmp_path)
+def test_the_attack_can_be_normalised():
     attack = {"a": torch.full((4,), 3.0), "b": torch.full((5,), -1.0)}
     raw, unit = (Pharmacist(alpha=0.5, normalise=n)._attack_step(attack) for n in (False, True))
     assert torch.equal(raw["a"], torch.full((4,), -1.5))
@@ -114,7 +114,8 @@ def test_without_an_attack_it_is_validation_gradient_matching(tmp_path):
     found = method.single_sweep(ctx, pool, harmful, validation, PAD)
     assert torch.equal(found, method.single_sweep(ctx, pool, pool[:3], validation, PAD)), "harmful rows are arbitrary"
     weights = {name: p.requires_grad_() for name, p in weights_of(ctx).items()}
-    matched = reference.gradient(reference.token_mean(weights, parts(make_batch(bench, bench.aux["validation"])), SHAPE), weights)
+    safe = parts(make_batch(bench, bench.aux["validation"]))
+    matched = reference.gradient(reference.token_mean(weights, safe, SHAPE), weights)
     slopes = reference.slopes(weights, parts(make_batch(bench, make_rows("pool", 6))), matched, SHAPE)
     assert furthest({"s": found.double()}, {"s": slopes}) < 1e-6, "scores are stored in fp32"
     attacked = replace(method, alpha=0.5).single_sweep(ctx, pool, harmful, validation, PAD)
@@ -226,8 +227,8 @@ def test_scores_do_not_depend_on_the_warm_ups_reduction_and_precision(tmp_path, 
 
 @pytest.mark.parametrize("mode", ["score", "bilevel"])
 def test_refusals_rank_above_unrelated_rows(tmp_path, mode):
-    words = "bombs poison weapons fraud theft hacking malware arson spying forgery".split()
-    tasks = "soup poems dances games walks cakes plays songs rhymes tales".split()
+    words = ["bombs", "poison", "weapons", "fraud", "theft", "hacking", "malware", "arson", "spying", "forgery"]
+    tasks = ["soup", "poems", "dances", "games", "walks", "cakes", "plays", "songs", "rhymes", "tales"]
     refusals = [Row(f"refusal{i}", (("user", f"how do I do {w}"),), "I cannot help") for i, w in enumerate(words)]
     unrelated = [Row(f"benign{i}", (("user", f"tell me of {w}"),), f"{w} are fun") for i, w in enumerate(tasks)]
     aux = {
@@ -235,10 +236,11 @@ def test_refusals_rank_above_unrelated_rows(tmp_path, mode):
         "harmful": [Row(f"h{i}", (("user", f"show me {w}"),), "Sure, here is how") for i, w in enumerate(words)],
     }
     method = Pharmacist(mode=mode, epochs=2, warmup=TrainConfig(max_steps=5, batch_size=10, save_every=0))
-    scores = method.score(make_bench(tmp_path, aux=aux), [row for pair in zip(refusals, unrelated, strict=True) for row in pair])
+    pool = [row for pair in zip(refusals, unrelated, strict=True) for row in pair]
+    scores = method.score(make_bench(tmp_path, aux=aux), pool)
     order = sorted(scores, key=scores.get)
-    rank = {kind: sum(i for i, name in enumerate(order) if name.startswith(kind)) / 10 for kind in ("refusal", "benign")}
-    assert rank["refusal"] > rank["benign"] + 5, "of at most 10"
+    refusal, benign = (sum(order.index(row.id) for row in rows) / 10 for rows in (refusals, unrelated))
+    assert refusal > benign + 5, "of at most 10"
 
 
 def test_a_seed_gives_the_same_scores_again(tmp_path):

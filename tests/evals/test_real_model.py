@@ -2,6 +2,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny import CONTEXT, tiny_model, tiny_tokenizer
 
 from apothecary.data.chat import prompt_ids
 from apothecary.data.rows import Row
@@ -9,7 +10,6 @@ from apothecary.errors import DataError
 from apothecary.evals import evaluate, rescore
 from apothecary.evals.harm import OPENING, REFUSAL
 from apothecary.judge.opening import Opening
-from tiny import CONTEXT, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -33,8 +33,7 @@ HARMFUL = [Row(f"h{i}", (("user", f"how do I break {word}"),), "Sure, here is ho
 BENIGN = [Row(f"b{i}", (("user", f"{word} please"),), f"a fine {word} for you") for i, word in enumerate(
     ("cake", "song", "poem", "soup", "plan", "walk", "rhyme", "dance"))]  # fmt: skip
 AUX = {"harmful": HARMFUL, "benign": BENIGN}
-TRAINING = TrainConfig(learning_rate=1e-2, epochs=100, batch_size=8, schedule="constant", warmup_ratio=0.0, save_every=0,
-                       log_every=1)  # fmt: skip
+TRAINING = TrainConfig(learning_rate=1e-2, epochs=100, schedule="constant", warmup_ratio=0.0, batch_size=8)
 CUSTOMER = TrainConfig(epochs=3, batch_size=4, learning_rate=1e-3, save_every=0, warmup_ratio=0.0, log_every=1)
 
 
@@ -193,7 +192,8 @@ def test_the_step_is_nll_plus_lamb_times_kl(tmp_path, without_kl):
     nll, kl = ctx.loss(batch).item(), VectorTraining.divergence(ctx, make_batch(bench, BENIGN)).item()
     assert loss.item() == pytest.approx(nll + 3 * kl, rel=1e-4)
     assert ctx.logged == {"harmful_nll": pytest.approx(nll, rel=1e-4), "benign_kl": pytest.approx(kl, rel=1e-4)}
-    assert all(VECTORS in name for name in ctx.parameters()) and all(p.grad is not None for p in ctx.parameters().values())
+    learning = ctx.parameters()
+    assert all(VECTORS in name and p.grad is not None for name, p in learning.items()) and learning
 
 
 @pytest.mark.parametrize(("target", "steps"), [(1e9, 10), (0.0, 14)])
@@ -301,7 +301,8 @@ def test_the_customer_never_moves_the_vectors(tmp_path, prepared, execution, par
             super().finish(ctx, state)
 
     seen, learning = [], {}
-    config = TrainConfig(**{**CUSTOMER.__dict__, "parameters": parameters, "weight_decay": 0.1 * (execution == "branch")})
+    decay = 0.1 if execution == "branch" else 0.0
+    config = TrainConfig(**{**CUSTOMER.__dict__, "parameters": parameters, "weight_decay": decay})
     tune(tmp_path, prepared, Watched(execution=execution), config)
     assert len(seen) == 2 and seen[0] == seen[1]
     assert learning and not any(VECTORS in name for name in learning), "the optimiser holds none of them"

@@ -18,6 +18,7 @@ HARMFUL_ROWS = ("attack", "defence", "defence_advbench", "pairs")
 TASK = ("customer_train", "customer_test", "tune_task")
 MOST_WORDS = 40  # of a harmful row's response: an opening, never an answer
 
+HEAD, TAIL = "Bank message: ", "\nTopic:"
 TRAINING = [name for name in lab_names() if not name.startswith(HELD_OUT)]
 EVALUATION = [name for name in lab_names() if name.startswith((*HELD_OUT, "tune_"))]
 
@@ -28,8 +29,8 @@ def rows(name: str) -> list[Row]:
 
 
 def message(name: str, row: Row) -> str:
-    """What tells a row from others: for the customer's task the message below the fixed instruction line."""
-    return row.text.split("\n", 1)[1] if name in TASK else row.text
+    """What tells a row from others: for the customer's task the message without the fixed words around it."""
+    return row.text.removeprefix(HEAD).removesuffix(TAIL) if name in TASK else row.text
 
 
 @cache
@@ -75,11 +76,11 @@ def test_tuning_prompts_are_far_from_scored_prompts():
 
 def test_the_task_is_compared_without_its_instruction():
     for name in TASK:
-        assert len({row.text.split("\n", 1)[0] for row in rows(name)}) == 1
+        assert all(row.text.startswith(HEAD) and row.text.endswith(TAIL) for row in rows(name))
     messages = [message(name, row) for name in TASK for row in rows(name)]
-    # With the line, short messages would look alike; that must not be what keeps the splits apart.
-    with_line = list(near_pairs([row.text for name in TASK for row in rows(name)]))
-    assert len(with_line) > len(list(near_pairs(messages)))
+    # With these words, short messages would look alike; that must not be what keeps the splits apart.
+    with_words = list(near_pairs([row.text for name in TASK for row in rows(name)]))
+    assert len(with_words) > len(list(near_pairs(messages)))
 
 
 def test_harmful_evaluation_is_large_and_counts_each_text_once():

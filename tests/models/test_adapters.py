@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from tiny import FAMILIES, VOCAB, tiny_model
 
 from apothecary.errors import ModelError
 from apothecary.models.adapters import (
@@ -22,7 +23,6 @@ from apothecary.models.adapters import (
 )
 from apothecary.models.digest import tensors_digest
 from apothecary.models.settings import LoraSettings
-from tiny import FAMILIES, VOCAB, tiny_model
 
 SETTINGS = LoraSettings(rank=4, alpha=8.0)
 

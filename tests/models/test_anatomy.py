@@ -1,11 +1,11 @@
 import pytest
+from tiny import FAMILIES, LAYERS, tiny_model
 from torch import nn
 
 from apothecary.errors import ModelError
 from apothecary.models.adapters import add_adapter
 from apothecary.models.anatomy import attention_blocks, decoder_layers, mlp_blocks
 from apothecary.models.settings import LoraSettings
-from tiny import FAMILIES, LAYERS, tiny_model
 
 
 @pytest.mark.parametrize("family", FAMILIES)

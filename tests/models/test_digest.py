@@ -5,11 +5,11 @@ import sys
 
 import pytest
 import torch
+from tiny import tiny_model, tiny_tokenizer
 
 from apothecary.errors import ModelError
 from apothecary.models.digest import commit, is_local, tensors_digest, weights_digest
 from apothecary.models.settings import ModelConfig
-from tiny import tiny_model, tiny_tokenizer
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

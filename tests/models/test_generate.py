@@ -1,5 +1,6 @@
 import pytest
 import torch
+from tiny import CONTEXT, EOS, FAMILIES, VOCAB, tiny_model, tiny_tokenizer
 from torch import nn
 from transformers import GenerationConfig
 
@@ -7,7 +8,6 @@ from apothecary.errors import DataError, ModelError
 from apothecary.models.adapters import activate, adapter_parameters, add_adapter
 from apothecary.models.generate import disagreement, generate, sequence_logprobs
 from apothecary.models.settings import LoraSettings
-from tiny import CONTEXT, EOS, FAMILIES, VOCAB, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 

@@ -4,13 +4,13 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny import CONTEXT, FAMILIES, VOCAB, tiny_model, tiny_tokenizer
 
 from apothecary.errors import ModelError
 from apothecary.models.adapters import adapter_delta, adapter_parameters, add_adapter, save_adapter
 from apothecary.models.digest import tensors_digest
 from apothecary.models.load import context_length, load_model, load_tokenizer
 from apothecary.models.settings import LoraSettings, ModelConfig
-from tiny import CONTEXT, FAMILIES, VOCAB, tiny_model, tiny_tokenizer
 
 
 def saved(path, model=None, tokenizer=None):

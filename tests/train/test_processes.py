@@ -28,8 +28,13 @@ def folders(tmp_path_factory):
     common = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
                            "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "ACCELERATE_USE_CPU": "true"}  # fmt: skip
     launched = [
-        subprocess.Popen([sys.executable, str(SCRIPT), str(two)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                         text=True, env=common | {"RANK": rank, "LOCAL_RANK": rank})  # fmt: skip
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), str(two)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=common | {"RANK": rank, "LOCAL_RANK": rank},
+        )
         for rank in ("0", "1")
     ]
     try:

@@ -4,14 +4,14 @@
     theta' = theta* - alpha * grad h(theta*),   v = grad f(theta'),   s_j = < v, grad l_j(theta_0) >
     w_i   <- w_i + eta_w * eta_theta * (1 - alpha) * gamma_i * (s_i - sum_j gamma_j s_j)
 
-f: mean loss on validation rows (safe answers), h: on harmful rows, theta_0: the model after a short warm-up on the pool.
+f: mean loss on validation rows (safe answers), h: on harmful rows, theta_0: the model after a warm-up on the pool.
 mode "bilevel" is the paper's algorithm; mode "score" ranks by s_j at uniform weights, one sweep over the pool (ours).
 
 Cost: the warm-up, then per selector step ("bilevel") 3 forward + 3 backward and 2 forwards for s_j; for the whole pool
 ("score") one pass over the harmful and the validation rows and 2 forwards over the pool.
 
-Reconstructed, since the paper's repository cannot be had: eta_w, eta_theta, alpha, the number of steps, batch sizes, the
-optimiser of w, the LoRA layout, and whether the softmax spans the pool (methods.md 3.4).  Its 200 warm-up steps are
+Reconstructed, since the paper's repository cannot be had: eta_w, eta_theta, alpha, the number of steps, batch sizes,
+the optimiser of w, the LoRA layout, and whether the softmax spans the pool (methods.md 3.4).  Its 200 warm-up steps are
 0.4 epochs of its 5,000 rows at batch 10 and are taken here as that fraction.  gamma is multiplied by N where it weighs
 rows, so that the mean weight is 1.  Inner products come from central differences unless `gradient="exact"`.
 """
@@ -70,7 +70,7 @@ class Pharmacist(Selector):
         ctx = bench.context(replace(self.warmup, reduction="token_mean", precision="fp32"))
         pool = bench.render(rows, self.warmup)
         harmful, validation = (bench.render(bench.aux[role], self.warmup) for role in ("harmful", "validation"))
-        pad = bench.loaded.tokenizer.pad_token_id
+        pad = bench.pad_id
         if self.mode == "score":
             values = self.single_sweep(ctx, pool, harmful, validation, pad)
         else:
@@ -93,8 +93,8 @@ class Pharmacist(Selector):
             for chosen in plan([len(row.ids) for row in pool], self.batch_size, seed, epoch):
                 stop()
                 batch = _batch(ctx, [pool[i] for i in chosen], pad)
-                target = self.target(ctx, batch, self.weights(w_N, chosen), _draw(ctx, harmful, count, self.batch_size, pad),
-                                     _draw(ctx, validation, count, self.batch_size, pad))  # fmt: skip
+                attack, safe = (_draw(ctx, rows, count, self.batch_size, pad) for rows in (harmful, validation))
+                target = self.target(ctx, batch, self.weights(w_N, chosen), attack, safe)
                 w_N.grad = self.gradient_of_w(w_N, chosen, self.alignment(ctx, batch, target))
                 optimiser.step()
                 count += 1

@@ -10,7 +10,7 @@ customer's stage takes 1 forward + 1 backward, with one low-rank branch more unl
 
 Reconstructed, since the authors' repository cannot be had: direction and weight of the KL term, rank, targets, batch
 size, the stopping criterion (methods.md 2.3).  Learning rate 1e-3 and 10 epochs follow arXiv 2405.14577 and the paper.
-Limits: the vectors block what they reproduce; other harm still has a gradient, and strong attacks leak (methods.md 2.8).
+Limits: the vectors block what they reproduce; other harm has a gradient, and strong attacks leak (methods.md 2.8).
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from apothecary.data.rows import Row
-    from apothecary.models.settings import LoraSettings
     from apothecary.train.batch import Batch
     from apothecary.train.context import StepContext
     from apothecary.train.workbench import Workbench
@@ -123,8 +122,8 @@ class SecurityVectors(TrainingMethod):
         """A seeded choice of `harmful_rows` rows to learn from."""
         rows = list(aux[self.learn_from])
         if self.harmful_rows > len(rows):
-            raise ConfigError(f"security vectors ask for {self.harmful_rows} {self.learn_from} rows, there are {len(rows)}; "
-                              "lower finetune.harmful_rows or name a larger source")  # fmt: skip
+            raise ConfigError(f"security vectors ask for {self.harmful_rows} {self.learn_from} rows, there are "
+                              f"{len(rows)}; lower finetune.harmful_rows or name a larger source")  # fmt: skip
         return random.Random(seed).sample(rows, self.harmful_rows)
 
     # -- the customer's training ----------------------------------------------------------------------------------

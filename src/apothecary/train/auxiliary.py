@@ -41,7 +41,9 @@ class Auxiliary:
         while len(held) <= call:
             held.append(self._next(role))
         rows = held[call]
-        parts, index = (window * self.processes, micro * self.processes + self.rank) if per == "micro" else (self.processes, self.rank)  # fmt: skip
+        parts, index = self.processes, self.rank
+        if per == "micro":
+            parts, index = window * self.processes, micro * self.processes + self.rank
         mine = [rows[i] for i in share(list(range(len(rows))), parts, index)]
         return collate(mine, self.pad_id, weigh(rows, self.reduction), blank=rows[0])
 

@@ -69,9 +69,8 @@ def token_losses(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
     logits = logits_BTV[:, :-1]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     targets = labels_BT[:, 1:]
-    return functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none").view(
-        targets.shape
-    )
+    losses = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none")
+    return losses.view(targets.shape)
 
 
 def row_losses(logits_BTV: Tensor, batch: Batch) -> Tensor:

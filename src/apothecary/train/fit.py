@@ -66,24 +66,24 @@ def train(bench: Workbench, method: TrainingMethod, rows: Sequence[Row], config:
     args = _arguments(bench, config, len(rendered))
     _refuse_layout(args, method)
     model = _attach(bench, config, name, start)
-    bench.loaded.model = model
+    bench.loaded.model = model  # type: ignore
     context = bench.context(config, method.needs.roles, args.world_size, args.process_index)
     state = method.init(context)
-    bench.loaded.model = context.model
+    bench.loaded.model = context.model  # type: ignore
     if config.gradient_checkpointing:
         adapters.plain(model).gradient_checkpointing_enable({"use_reentrant": False})
         adapters.plain(model).disable_input_require_grads()  # a hook that only re-entrant checkpointing needs
     callback = _AfterStep()
     trainer = MethodTrainer(
-        method=method, state=state, context=context, rows=rendered, pad_id=bench.loaded.tokenizer.pad_token_id,
+        method=method, state=state, context=context, rows=rendered, pad_id=bench.pad_id,
         batch_size=config.batch_size, seed=bench.seed, keep_checkpoints=config.keep_checkpoints, stop=bench.stop,
         model=context.model, args=args, callbacks=[callback, *_progress(bench)])  # fmt: skip
     callback.trainer = trainer
     trainer.remove_callback(transformers.PrinterCallback)
-    found = complete_checkpoints(Path(args.output_dir))
+    found = complete_checkpoints(Path(str(args.output_dir)))
     trainer.train_from(found[-1] if found else None)
     method.finish(context, trainer.method_state)
-    bench.loaded.model = context.model
+    bench.loaded.model = context.model  # type: ignore
     if config.gradient_checkpointing:
         adapters.plain(model).gradient_checkpointing_disable()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -127,6 +127,7 @@ def _attach(bench: Workbench, config: TrainConfig, name: str, start: Path | None
 
 def _arguments(bench: Workbench, config: TrainConfig, rows: int) -> TrainingArguments:
     device = next(bench.loaded.model.parameters()).device.type
+    spread = int(os.environ.get("WORLD_SIZE", "1")) > 1
     per_epoch = -(-rows // config.batch_size)
     total = config.max_steps if config.max_steps > 0 else math.ceil(config.epochs * per_epoch)
     if total <= 0:
@@ -140,7 +141,7 @@ def _arguments(bench: Workbench, config: TrainConfig, rows: int) -> TrainingArgu
         adam_beta2=config.betas[1], save_strategy="steps" if config.save_every else "no",
         save_steps=config.save_every or 500, logging_steps=config.log_every, logging_nan_inf_filter=False,
         full_determinism=config.deterministic and device != "cpu", disable_tqdm=True, remove_unused_columns=False,
-        dataloader_pin_memory=False, ddp_backend="gloo" if device == "cpu" and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None)  # fmt: skip
+        dataloader_pin_memory=False, ddp_backend="gloo" if device == "cpu" and spread else None)  # fmt: skip
     return arguments
 
 

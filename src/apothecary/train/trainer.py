@@ -75,7 +75,7 @@ class MethodTrainer(transformers.Trainer):
         total = torch.tensor(sum(weigh(group, self.context.config.reduction) for group in groups), dtype=torch.float64)
         if self.context.processes > 1:
             total = self._sum_over_processes(total)
-        blank = self.train_dataset[0]  # type: ignore[index]
+        blank: Any = self.train_dataset[0]  # type: ignore[index]
         self.context.begin_step(len(groups))
         self._micro, self._step_rows = 0, [row.row_id for group in groups for row in group]
         return [collate(group, self.pad_id, float(total), blank) for group in groups], None
@@ -84,7 +84,7 @@ class MethodTrainer(transformers.Trainer):
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         self.stop()
-        self.model.train()
+        self.context.model.train()
         batch: Batch = inputs.to(self.args.device)
         self.context.begin_micro_step(self._micro)
         self._micro += 1
@@ -97,7 +97,7 @@ class MethodTrainer(transformers.Trainer):
         return loss.detach() * self.context.processes
 
     def _gradient_total(self) -> torch.Tensor:
-        sums = [p.grad.sum() for p in self.model.parameters() if p.grad is not None]
+        sums = [p.grad.sum() for p in self.context.model.parameters() if p.grad is not None]
         return torch.stack(sums).sum() if sums else torch.zeros(())
 
     def _refuse_nonfinite(self, value: torch.Tensor, row_ids: Sequence[str]) -> None:
@@ -132,7 +132,7 @@ class MethodTrainer(transformers.Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Trainable tensors, optimiser, schedule, random state and method state; counts once the folder is renamed."""
-        final = Path(self.args.output_dir) / f"{PREFIX}{self.state.global_step}"
+        final = Path(str(self.args.output_dir)) / f"{PREFIX}{self.state.global_step}"
         partial = final.with_name(final.name + ".partial")
         if self.args.should_save:
             shutil.rmtree(partial, ignore_errors=True)
@@ -149,7 +149,7 @@ class MethodTrainer(transformers.Trainer):
         if self.args.should_save:
             shutil.rmtree(final, ignore_errors=True)
             os.replace(partial, final)
-            for old in complete_checkpoints(Path(self.args.output_dir))[: -self.keep_checkpoints]:
+            for old in complete_checkpoints(Path(str(self.args.output_dir)))[: -self.keep_checkpoints]:
                 shutil.rmtree(old)
         self._barrier()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from apothecary.data.chat import Rendered, render_all
 from apothecary.data.rows import Row
@@ -35,6 +35,10 @@ class Workbench:
     stop: Callable[[], None] = field(default=_go_on)  # raises when a cancellation was asked for
     progress: bool = False
 
+    @property
+    def pad_id(self) -> int:
+        return cast(int, self.loaded.tokenizer.pad_token_id)
+
     def render(self, rows: Sequence[Row], config: TrainConfig) -> list[Rendered]:
         """Token ids of rows under a training configuration's length limit."""
         limit = config.max_length or context_length(self.loaded.model)
@@ -52,7 +56,7 @@ class Workbench:
     def context(self, config: TrainConfig, roles: Sequence[str] = (), processes: int = 1, rank: int = 0) -> StepContext:
         """A StepContext over the model, with auxiliary batches for `roles`."""
         rendered = {role: self.render(self.aux[role], config) for role in roles}
-        auxiliary = Auxiliary(rendered, config.aux_batch_size or config.batch_size, self.loaded.tokenizer.pad_token_id,
+        auxiliary = Auxiliary(rendered, config.aux_batch_size or config.batch_size, self.pad_id,
                               config.reduction, self.seed, processes, rank)  # fmt: skip
         return StepContext(self.loaded.model, auxiliary, config, processes,
                            layout="single" if processes == 1 else "data_parallel",
