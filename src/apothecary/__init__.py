@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from apothecary.registry import lookup as lookup
     from apothecary.registry import register as register
     from apothecary.report.page import write_report as write_report
+    from apothecary.report.tables import table as table
 
 __version__ = "0.1.0"
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "lookup",
     "register",
     "run",
+    "table",
     "write_report",
 ]
 
@@ -48,6 +50,7 @@ _HOME = {
     "lookup": "registry",
     "register": "registry",
     "run": "pipeline.run",
+    "table": "report.tables",
     "write_report": "report.page",
 }
 

@@ -15,7 +15,7 @@ from pipeline.test_store import ENVIRONMENT
 from apothecary.errors import ConfigError, DataError, StoreError
 from apothecary.pipeline.plan import plan
 from apothecary.pipeline.recipe import Recipe
-from apothecary.pipeline.results import Result, load_result, table
+from apothecary.pipeline.results import Result, load_result
 from apothecary.pipeline.run import CANCEL, dry_run, run, slug
 from apothecary.pipeline.stage import Cancelled
 from apothecary.pipeline.store import Artifact, Store
@@ -271,18 +271,6 @@ def test_dry_run_changes_nothing_and_learns_from_earlier_runs(tmp_path: Path):
     half = [m for m in Store(store).manifests("align") if m["label"] == "align sft: random half (seed 0)"]
     rates = [m["seconds"] / m["metrics"]["work"] for m in (like, *half)]
     assert again.seconds == pytest.approx(sum(rates) / 2 * 6 * like["metrics"]["rows"])
-
-
-def test_the_table_shows_intervals_and_names_the_proxy():
-    def model(arm: str, refuses: float, seed: int) -> dict:
-        return {"arm": arm, "stage": "tuned", "p": 0.1, "seed": seed,
-                "scores": {"harmful": {"n": 100, "refuses": refuses, "judge": "opening"}}}  # fmt: skip
-
-    text = table({"models": [model("one", 0.9, 0), model("two", 0.8, 0), model("two", 0.9, 1), model("two", 1.0, 2)]})
-    lines = text.splitlines()
-    assert lines[1].split() == ["one", "0.1", "90", "[83,", "94]", "-", "-", "-", "-"]  # Wilson over 100 prompts
-    assert lines[2].split() == ["two", "0.1", "90", "[65,", "100]", "-", "-", "-", "-"]  # t over 3 seeds
-    assert "cheap proxy" in lines[3]
 
 
 def test_names_become_folders():

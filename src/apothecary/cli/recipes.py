@@ -73,7 +73,9 @@ def with_report(
 
 
 def finish(result: Any, report: bool) -> None:
-    print(f"\n{result.table()}\n")
+    from apothecary.report.tables import table
+
+    print(f"\n{table(result.results)}\n")
     stages = result.results["stages"]
     print(f"stages: {len(stages)}, {sum(stage['cached'] for stage in stages)} of them cached")
     print(f"results: {result.folder / 'results.json'}")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from apothecary.data.batching import padding_share, plan
 from apothecary.data.chat import Rendered, render, render_prompt
 from apothecary.data.near import near_pairs
 from apothecary.data.rows import Row
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 MOST_PAIRS = 1000  # near duplicates looked up: their number may grow with the square of the rows
 MOST_BUCKETS = 12
+PADDING_BATCH = 16  # rows
 MOST_IDS = 8  # named for each problem
 MOST_CHARACTERS = 1500  # of a prompt or a response on the screen
 # Controls could rewrite the terminal, direction marks hide text: both are shown as their code.
@@ -166,6 +168,9 @@ def show(inspection: Inspection, console: Console, limit: int = 5) -> None:
          f"{max(lengths, default=0)} in the longest row")  # fmt: skip
     for what, number_of in (("roles", inspection.roles), ("sources", inspection.sources)):
         line(f"{what}: " + ", ".join(f"{_visible(name) or 'none'} {number}" for name, number in number_of.items()))
+    if count:
+        share = padding_share(lengths, plan(lengths, PADDING_BATCH, seed=0, epoch=0))
+        line(f"padding: {share:.1%} of the tokens of length-grouped batches of {PADDING_BATCH} rows")
     _show_lengths(inspection, line, "█" if console.encoding.lower().startswith("utf") else "#")
     line(Text("no problems found" if not inspection.problems else "problems", style="bold"))
     for what, ids in inspection.problems:

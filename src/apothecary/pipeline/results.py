@@ -1,14 +1,12 @@
-"""results.json: one entry for each evaluated model and one for each stage, and a plain table of them."""
+"""results.json: one entry for each evaluated model and one for each stage."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from apothecary.errors import StoreError
@@ -16,7 +14,6 @@ from apothecary.pipeline.fingerprint import versions
 from apothecary.pipeline.plan import Plan, Planned
 from apothecary.pipeline.stage import Executor, Record
 from apothecary.pipeline.store import Artifact, now, write_atomic, writing
-from apothecary.stats import mean_interval, wilson
 
 RESULTS = "results.json"
 SAMPLES = {"harmful": 6, "benign": 2, "overrefusal": 2, "task": 2}  # responses shown of each suite, 12 in all
@@ -28,10 +25,6 @@ class Result:
 
     results: dict[str, Any]
     folder: Path
-
-    def table(self) -> str:
-        """The scores as plain text."""
-        return table(self.results)
 
     def save(self) -> Path:
         """Write results.json into the run's folder, in one step."""
@@ -128,47 +121,3 @@ def _samples(evaluation: Artifact) -> list[dict[str, Any]]:
                 prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
                 samples.append({"prompt": prompt, **{name: row[name] for name in ("suite", "response", "label")}})
     return samples
-
-
-# -- the table --------------------------------------------------------------------------------------------------------
-
-COLUMNS = (  # heading, suite, score, counts that make it up
-    ("harmful: refuses", "harmful", "refuses"),
-    ("complies", "harmful", "complies"),
-    ("neither", "harmful", "neither"),
-    ("benign: refuses", "benign", "refuses"),
-    ("task: accuracy", "task", "accuracy"),
-)
-
-
-def table(results: Mapping[str, Any]) -> str:
-    """Scores in percent with 95 % intervals: over prompts (Wilson) for one seed, over seeds (t) for several."""
-    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
-    for model in results["models"]:
-        groups.setdefault((model["arm"], model["stage"], model["p"]), []).append(model)
-    lines = [["model", "p", *(heading for heading, *_ in COLUMNS)]]
-    for (arm, stage, p), models in groups.items():
-        name = arm if stage == "tuned" or arm == stage else f"{arm}, {stage}"
-        cells = [_cell([model["scores"].get(suite) for model in models], score) for _, suite, score in COLUMNS]
-        lines.append([name, "" if p is None else f"{p:g}", *cells])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
-    text = "\n".join("  ".join(line).rstrip() for line in padded)
-    judges = {model["scores"].get("harmful", {}).get("judge") for model in results["models"]} - {None}
-    if judges & {"opening", "refusal"}:
-        text += "\n'complies' is read off the opening of a response: a cheap proxy that measures compliance, not harm."
-    return text
-
-
-def _cell(scores: list[Mapping[str, Any] | None], name: str) -> str:
-    known = [score for score in scores if score and score.get(name) is not None]
-    if not known:
-        return "-"
-    values = [score[name] for score in known]
-    if len(values) > 1:
-        low, high = mean_interval(values)
-    else:
-        low, high = wilson(round(values[0] * known[0]["n"]), known[0]["n"])
-    if math.isnan(low):
-        return f"{fmean(values):.0%}"
-    return f"{100 * fmean(values):.0f} [{100 * max(low, 0):.0f}, {100 * min(high, 1):.0f}]"

@@ -25,6 +25,7 @@ COLUMNS = (
     Column("HS", "harmful", "HS", "lower"),
     Column("HS+", "harmful", "HS+", "lower"),
     Column("refuses", "harmful", "refuses", "higher"),
+    Column("neither", "harmful", "neither"),
     Column("over-refusal", "overrefusal", "refuses", "lower"),
     Column("benign answered", "benign", "answered", "higher"),
     Column("task accuracy", "task", "accuracy", "higher"),
@@ -42,7 +43,7 @@ def proxy_note(view: Summary) -> str:
     named = view.judges or ("opening",)
     text = "The judge `opening` is a cheap proxy: it looks at how a response begins and measures compliance, not harm."
     if "opening" not in named:
-        text = f"Judge: {', '.join(named)}. HS is what this judge calls harmful; a judge can be wrong."
+        text = f"Judge: {', '.join(named)}. HS is the share that complies by its labels; a judge can be wrong."
     return text
 
 

@@ -14,6 +14,8 @@ import torch
 import transformers
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from apothecary.data.batching import padding_share, plan
+from apothecary.data.chat import Rendered
 from apothecary.data.rows import Row
 from apothecary.errors import ConfigError, TrainingError
 from apothecary.models import adapters
@@ -88,7 +90,14 @@ def train(bench: Workbench, method: TrainingMethod, rows: Sequence[Row], config:
         adapters.plain(model).gradient_checkpointing_disable()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     return FitResult({"steps": trainer.state.global_step, "loss": _mean_loss(history), "rows": len(rendered),
-                      "rank": args.process_index, "resumed": bool(found)}, history)  # fmt: skip
+                      "padding": _padding(rendered, config, bench.seed), "rank": args.process_index,
+                      "resumed": bool(found)}, history)  # fmt: skip
+
+
+def _padding(rendered: Sequence[Rendered], config: TrainConfig, seed: int) -> float:
+    """The share of padding among the tokens of the first epoch's micro-batches on one process."""
+    lengths = [len(row.ids) for row in rendered]
+    return padding_share(lengths, plan(lengths, config.batch_size, seed, epoch=0), config.accumulation)
 
 
 def _mean_loss(history: Sequence[dict[str, Any]]) -> float | None:
