@@ -6,6 +6,7 @@ The held-out prompts are scored once for each committed version of the lab; `lab
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -40,9 +41,19 @@ def check(out: Path = Path("apothecary-runs/lab-check"), seeds: Iterable[int] = 
 
 def committed() -> Found:
     """The stored check of this version of the lab; StoreError if there is none."""
-    if not COMMITTED.is_file():
+    found = json.loads(COMMITTED.read_text("utf-8")) if COMMITTED.is_file() else {}
+    if found.get("lab") != version():
         raise StoreError("this version of the lab has no stored check; run `apothecary lab check`")
-    return json.loads(COMMITTED.read_text("utf-8"))
+    return found
+
+
+def version() -> str:
+    """sha256 of what the check rests on: the lab's weights, tokenizer, rows and recipe."""
+    state = hashlib.sha256()
+    model = [path for path in LAB.glob("model/*") if path.suffix != ".md"]
+    for path in sorted([*LAB.glob("data/*.jsonl"), *model, RECIPE]):
+        state.update(path.relative_to(LAB).as_posix().encode() + hashlib.sha256(path.read_bytes()).digest())
+    return state.hexdigest()
 
 
 def summarise(results: Mapping[str, Any]) -> Found:
@@ -52,7 +63,7 @@ def summarise(results: Mapping[str, Any]) -> Found:
                           for suite, scores in model["scores"].items()}}
               for model in results["models"]]  # fmt: skip
     criteria = [*judged(models)]
-    return {"passed": all(one["passed"] for one in criteria), "criteria": criteria, "models": models,
+    return {"lab": version(), "passed": all(one["passed"] for one in criteria), "criteria": criteria, "models": models,
             "seeds": sorted({model["seed"] for model in models}), "versions": results["versions"]}  # fmt: skip
 
 
@@ -111,11 +122,11 @@ def _criterion(name: str, values: Sequence[float], bound: float, sign: str, meet
 
 
 def _ratio(a: Sequence[float], b: Sequence[float]) -> list[float]:
-    return [x / y for x, y in zip(a, b, strict=True) if y]
+    return [x / y for x, y in zip(a, b, strict=True) if y] if len(a) == len(b) else []
 
 
 def _minus(a: Sequence[float], b: Sequence[float]) -> list[float]:
-    return [x - y for x, y in zip(a, b, strict=True)]
+    return [x - y for x, y in zip(a, b, strict=True)] if len(a) == len(b) else []
 
 
 def render(found: Found) -> str:
