@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from apothecary.stats import mcnemar, mean_interval, paired_bootstrap, wilson
+from apothecary.stats import mcnemar, mean_interval, paired_bootstrap, share_interval, wilson
 
 
 @pytest.mark.parametrize("level", [0.8, 0.95, 0.99])
@@ -87,3 +87,14 @@ def test_bootstrap_of_the_swapped_arms_is_mirrored() -> None:
 def test_importing_stats_imports_neither_torch_nor_scipy() -> None:
     code = "import sys, apothecary.stats; assert not {'torch', 'scipy', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_share_over_seeds_takes_the_wider_end_on_either_side() -> None:
+    assert share_interval([0.84], 100) == wilson(84, 100)
+    assert share_interval([0.84] * 3, 100) == wilson(84, 100), "equal seeds do not make the prompts certain"
+    low, high = mean_interval([0.6, 0.8, 0.95])
+    assert share_interval([0.6, 0.8, 0.95], 100) == (low, min(1.0, high))
+    near = share_interval([0.98, 1.0], 50)
+    assert near.low == min(wilson(50, 50).low, mean_interval([0.98, 1.0]).low) and near.high == 1.0
+    with pytest.raises(ValueError, match="one for each seed"):
+        share_interval([], 10)

@@ -1,6 +1,9 @@
 """apothecary keeps fine-tuned language models safe.
 
 The public names are below; each is imported on first use, so that importing apothecary does not import torch.
+`single` holds the stages alone, from files to files: single.curate, align, attack, finetune, evaluate, inspect.
+`evaluate` is another thing than `single.evaluate`: it asks a loaded model prompts that are given as rows, and returns
+responses and scores without writing a file.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
     from apothecary.evals.evaluation import evaluate as evaluate
     from apothecary.models.load import load_model as load_model
     from apothecary.models.settings import ModelConfig as ModelConfig
+    from apothecary.pipeline import single as single
     from apothecary.pipeline.recipe import load_recipe as load_recipe
     from apothecary.pipeline.run import run as run
     from apothecary.registry import lookup as lookup
@@ -35,6 +39,7 @@ __all__ = [
     "lookup",
     "register",
     "run",
+    "single",
     "table",
     "write_report",
 ]
@@ -50,6 +55,7 @@ _HOME = {
     "lookup": "registry",
     "register": "registry",
     "run": "pipeline.run",
+    "single": "pipeline",
     "table": "report.tables",
     "write_report": "report.page",
 }
@@ -58,6 +64,8 @@ _HOME = {
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'apothecary' has no attribute '{name}'")
+    if name == "single":  # a module, which its package does not name
+        return import_module("apothecary.pipeline.single")
     return getattr(import_module(f"apothecary.{_HOME[name]}"), name)
 
 

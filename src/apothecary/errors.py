@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+from typing import Any
 
 
 class ApothecaryError(Exception):
@@ -18,6 +19,10 @@ class DataError(ApothecaryError):
     """Rows that cannot be read, rendered or trained on."""
 
 
+class OverLong(DataError):
+    """A row with more tokens than the model, or `max_length`, takes."""
+
+
 class ModelError(ApothecaryError):
     """A model, tokenizer or adapter that cannot be loaded or lacks a needed part."""
 
@@ -28,6 +33,14 @@ class TrainingError(ApothecaryError):
 
 class StoreError(ApothecaryError):
     """An artifact that is missing, locked, altered or cannot be written."""
+
+
+def expect(settings: object, expected: str, fits: Callable[[Any], bool], *names: str) -> None:
+    """Raise ConfigError for the first of the named settings that does not fit; a NaN fits nothing."""
+    for name in names:
+        value = getattr(settings, name)
+        if not fits(value):
+            raise ConfigError(f"{name} is {value}, expected {expected}")
 
 
 def did_you_mean(got: str, known: Iterable[str]) -> str:

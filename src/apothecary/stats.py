@@ -58,6 +58,24 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
     return Interval(mean - half, mean + half)
 
 
+def share_interval(shares: Sequence[float], n: int, level: float = 0.95) -> Interval:
+    """Interval for the mean over seeds of a share in [0, 1] that each seed measured on the same `n` prompts.
+
+    One seed: Wilson.  Several: the wider of two on either side.  The t interval over seeds knows training luck but not
+    the choice of prompts; Wilson on one set of prompts knows the prompts but not the luck.  Pooling the seeds' answers
+    as independent would be too narrow, because they answer the same prompts.  Within [0, 1]; holds the mean.
+    Raises ValueError for no shares, or n < 1.
+    """
+    if not shares:
+        raise ValueError("got no shares, expected one for each seed")
+    mean = fmean(shares)
+    low, high = wilson(min(n, round(mean * n)), n, level)
+    if len(shares) > 1:
+        over_seeds = mean_interval(shares, level)
+        low, high = min(low, over_seeds.low), max(high, over_seeds.high)
+    return Interval(max(0.0, min(low, mean)), min(1.0, max(high, mean)))
+
+
 def _check_pairs(a: Sequence[float], b: Sequence[float]) -> None:
     if len(a) != len(b) or not len(a):
         raise ValueError(f"got {len(a)} and {len(b)} values, expected the same prompts, at least one, on both sides")

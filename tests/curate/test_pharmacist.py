@@ -29,7 +29,7 @@ from apothecary.train.config import TrainConfig
 from apothecary.train.scores import central_scores, exact_scores
 
 SHAPE = (LAYERS, 4)
-STAND_STILL = TrainConfig(max_steps=1, learning_rate=0.0, batch_size=4, save_every=0)  # theta_0 is the start
+STAND_STILL = TrainConfig(max_steps=1, learning_rate=1e-30, batch_size=4, save_every=0)  # theta_0 is the start
 
 
 def parts(batch):

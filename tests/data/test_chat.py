@@ -96,3 +96,9 @@ def test_over_long_rows_are_dropped_on_request_only(tokenizer):
 def test_dropping_over_long_rows_does_not_hide_a_missing_response(tokenizer):
     with pytest.raises(DataError, match="row 'bare' has no response"):
         render_all([ROW, Row("bare", ROW.prompt)], tokenizer, 60, over_long="drop")
+
+
+def test_dropping_over_long_rows_does_not_hide_a_template_that_refuses(tokenizer):
+    tokenizer.chat_template = "{{ raise_exception('no system role') }}"
+    with pytest.raises(DataError, match="no system role"):
+        render_all([ROW], tokenizer, 60, over_long="drop")

@@ -42,6 +42,16 @@ def test_a_model_is_evaluated_by_the_real_backend(loaded) -> None:
     assert any(row["response"] for row in evaluation.responses)
 
 
+def test_half_precision_says_how_far_batches_change_the_text(loaded) -> None:
+    suites = {"harmful": [Row(f"h/{i}", (("user", f"word {i}"),)) for i in range(40)], "benign": rows("benign")}
+    half = SimpleNamespace(model=tiny_model(dtype=torch.bfloat16), tokenizer=loaded.tokenizer)
+    found = evaluate(half, suites, Opening(), max_new_tokens=2)
+    assert found.generation["dtype"] == "bfloat16" and found.generation["prompts"] == 32
+    assert 0 <= found.generation["batch_disagreement"] <= 1
+    assert rescore(found.responses, Opening()) == found.scores
+    assert evaluate(loaded, suites, Opening(), max_new_tokens=2).generation == {"dtype": "float32"}
+
+
 def test_the_models_own_context_is_the_limit(loaded) -> None:
     long = Row("benign/long", (("user", "word " * CONTEXT),))
     with pytest.raises(DataError, match="'benign/long'"):

@@ -4,7 +4,7 @@ from apothecary.config import build
 from apothecary.data.rows import Row
 from apothecary.data.sources import DataSource
 from apothecary.errors import ConfigError
-from apothecary.evals.suites import SUITES, EvalConfig, load_suites, spread
+from apothecary.evals.suites import SUITES, EvalConfig, asked, load_suites, spread
 from apothecary.judge.text import normalise_label
 
 SMALL = {"harmful": 2, "benign": 1, "overrefusal": 2, "task": 1}  # sources of the default
@@ -32,6 +32,20 @@ def test_limit_keeps_the_proportions_of_the_sources() -> None:
 def test_a_suite_without_a_source_is_left_out() -> None:
     suites = load_suites(EvalConfig(harmful=(), task=(), overrefusal=()))
     assert list(suites) == ["benign"]
+
+
+def test_every_prompt_is_asked_once_and_under_its_own_id() -> None:
+    def row(name: str, prompt: str, response: str | None = None) -> Row:
+        return Row(name, (("user", prompt),), response)
+
+    given = {"task": [row("1", "a", "x"), row("2", "a", "x"), row("3", "a", "y"), row("1", "b", "x")], "benign": []}
+    found = asked(given, None)
+    assert [(r.prompt[0][1], r.response) for r in found["task"]] == [("a", "x"), ("a", "y"), ("b", "x")]
+    assert len({r.id for r in found["task"]}) == 3 and found["benign"] == []
+    assert len(asked(given, 2)["task"]) == 2
+    twice = EvalConfig(harmful=2 * EvalConfig().harmful[:1], benign=(), overrefusal=(), task=())
+    once = EvalConfig(harmful=twice.harmful[:1], benign=(), overrefusal=(), task=())
+    assert load_suites(twice) == load_suites(once)
 
 
 def test_built_from_a_recipe() -> None:

@@ -171,6 +171,26 @@ def test_the_kl_term_equals_the_reference(tmp_path, without_kl):
     assert adapters.active_adapters(ctx.model) == [VECTORS]
 
 
+def test_the_kl_term_averages_within_rows_where_the_loss_does(tmp_path, without_kl):
+    rows = [BENIGN[0], Row("wordy", BENIGN[1].prompt, "a much longer answer than that of the first row")]
+    bench = toy_bench(tmp_path)
+    bench.loaded.model = adapters.load_adapter(bench.loaded.model, VECTORS, without_kl / VECTORS)
+    ctx = make_context(bench, reduction="sample_mean")
+    by_row = [VectorTraining.divergence(ctx, make_batch(bench, [row], "sample_mean")).item() for row in rows]
+    both = VectorTraining.divergence(ctx, make_batch(bench, rows, "sample_mean")).item()
+    assert both == pytest.approx(sum(by_row) / 2, rel=1e-4)
+    single = VectorTraining.divergence(make_context(bench), make_batch(bench, rows[:1])).item()
+    assert by_row[0] == pytest.approx(single, rel=1e-4), "for one row both reductions agree"
+    assert both != pytest.approx(VectorTraining.divergence(make_context(bench), make_batch(bench, rows)).item(), 1e-3)
+
+
+def test_the_customers_stage_needs_no_rows_of_the_defence(tmp_path, prepared):
+    bench = make_bench(tmp_path, toy(), aux={"none": []}, prepared=prepared)
+    fit(bench, SecurityVectors(), make_rows("row", 4), CUSTOMER, tmp_path / "out")
+    with pytest.raises(ConfigError, match="needs rows of role harmful, benign"):
+        SecurityVectors().prepare(bench, tmp_path / "again")
+
+
 def test_fresh_vectors_have_no_divergence_even_under_the_models_dropout(tmp_path):
     """Both passes draw the same dropout masks; otherwise noise would count as divergence."""
     model = tiny_model("gpt2", resid_pdrop=0.3, embd_pdrop=0.3).train()
@@ -206,7 +226,7 @@ def test_training_ends_when_the_mean_of_ten_steps_is_below_the_target(tmp_path, 
 
 def test_convergence_looks_at_ten_steps(tmp_path):
     ctx = make_context(toy_bench(tmp_path))
-    method, state, verdicts = VectorTraining(lamb=0.0, target_nll=0.1), {"nll": [], "steps": 0}, []
+    method, state, verdicts = VectorTraining(lamb=0.0, target_nll=0.1), {"nll": []}, []
     for nll in [1.0] * 5 + [0.05] * 10:
         ctx.logged["harmful_nll"] = nll
         verdicts.append(method.converged(ctx, state))
@@ -260,7 +280,7 @@ def test_merged_equals_branch(tmp_path, prepared, parameters):
 
 
 def test_without_a_customer_step_full_weights_come_back_to_rounding(tmp_path, prepared):
-    config = TrainConfig(max_steps=1, learning_rate=0.0, batch_size=4, parameters="full", save_every=0)
+    config = TrainConfig(max_steps=1, learning_rate=1e-30, batch_size=4, parameters="full", save_every=0)
     _, weights, _ = tune(tmp_path, prepared, SecurityVectors(), config)
     base = snapshot(toy())
     assert all(torch.equal(weights[name], base[name]) for name in weights)

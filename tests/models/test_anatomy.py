@@ -3,8 +3,8 @@ from tiny import FAMILIES, LAYERS, tiny_model
 from torch import nn
 
 from apothecary.errors import ModelError
-from apothecary.models.adapters import add_adapter
-from apothecary.models.anatomy import attention_blocks, decoder_layers, mlp_blocks
+from apothecary.models.adapters import adapter_delta, add_adapter
+from apothecary.models.anatomy import attention_blocks, attention_linears, decoder_layers, mlp_blocks
 from apothecary.models.settings import LoraSettings
 
 
@@ -102,3 +102,27 @@ def test_as_many_experts_as_layers_do_not_confuse():
     model = tiny_model("llama")
     model.model.layers[0].experts = nn.ModuleList([nn.Identity() for _ in range(LAYERS)])
     assert [name for name, _ in decoder_layers(model)] == ["model.layers.0", "model.layers.1"]
+
+
+SPLIT = ["self_attn.k_proj", "self_attn.o_proj", "self_attn.q_proj", "self_attn.v_proj"]
+PROJECTIONS = {
+    "phi3": ["self_attn.o_proj", "self_attn.qkv_proj"],
+    "opt": ["self_attn.k_proj", "self_attn.out_proj", "self_attn.q_proj", "self_attn.v_proj"],
+    "gpt2": ["attn.c_attn", "attn.c_proj"],
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_word_attention_stands_for_the_projections_of_every_layer(family):
+    model = tiny_model(family)
+    expected = [f"{name}.{part}" for name, _ in decoder_layers(model) for part in PROJECTIONS.get(family, SPLIT)]
+    assert sorted(attention_linears(model)) == sorted(expected)
+    add_adapter(model, "first", LoraSettings(), seed=0)
+    assert sorted(attention_linears(model)) == sorted(expected), "adapters that are there change nothing"
+    wrapped = add_adapter(tiny_model(family), "vectors", LoraSettings(targets="attention"), seed=0)
+    assert sorted(adapter_delta(wrapped, "vectors")) == sorted(f"{name}.weight" for name in expected)
+
+
+def test_attention_without_linear_layers_is_named():
+    with pytest.raises(ModelError, match=r"'model\.layers\.1\.self_attn' \(SomeAttention\) has no linear layer"):
+        attention_linears(with_block(SomeAttention()))

@@ -6,7 +6,7 @@ from transformers import GenerationConfig
 
 from apothecary.errors import DataError, ModelError
 from apothecary.models.adapters import activate, adapter_parameters, add_adapter
-from apothecary.models.generate import disagreement, generate, sequence_logprobs
+from apothecary.models.generate import disagreement, generate, precision, sequence_logprobs
 from apothecary.models.settings import LoraSettings
 
 TOKENIZER = tiny_tokenizer()
@@ -46,6 +46,20 @@ def test_disagreement_is_the_share_of_differing_texts(monkeypatch):
     answers = {1: [[1], [2], [3], [4]], 3: [[1], [2], [9], [4]]}
     monkeypatch.setattr(f"{module}.generate", lambda model, tokenizer, prompts, n, batch_size: answers[batch_size])
     assert disagreement(nn.Identity(), TOKENIZER, [[5]] * 4, 6, batch_size=3) == 0.25
+
+
+def test_precision_reports_disagreement_below_fp32_only(monkeypatch):
+    asked = []
+    monkeypatch.setattr(f"{generate.__module__}.disagreement", lambda *args: asked.append(args[2:]) or 0.5)
+    assert precision(tiny_model(), TOKENIZER, [[5]], 6, 3) == {"dtype": "float32"} and not asked
+    half = tiny_model(dtype=torch.bfloat16)
+    assert precision(half, TOKENIZER, [[5], [6]], 6, 3) == {
+        "dtype": "bfloat16",
+        "batch_disagreement": 0.5,
+        "prompts": 2,
+    }
+    assert asked == [([[5], [6]], 6, 3)]
+    assert precision(half, TOKENIZER, []) == {"dtype": "bfloat16"}
 
 
 def with_bias(model, token, amount):

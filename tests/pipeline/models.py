@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from apothecary.pipeline import plan
+from apothecary.pipeline import plan, preflight
 from apothecary.pipeline.stage import Job
 from apothecary.pipeline.steps import chain
 
@@ -79,6 +79,7 @@ def install(patch: pytest.MonkeyPatch) -> None:
     for name in ("train", "prepare", "curate"):
         patch.setattr(plan.training, name, globals()[name])
     patch.setattr(plan.evaluation, "evaluate", evaluate)
+    patch.setattr(preflight, "check", lambda stages, executor: None)
 
 
 def edit(**changes: object) -> dict:

@@ -86,3 +86,10 @@ def test_nothing_heavy_is_imported():
 def test_an_unknown_module_is_an_error():
     with pytest.raises(FileNotFoundError, match=r"apothecary\.nothing"):
         fingerprint.source_digest(("apothecary.nothing",))
+
+
+def test_more_versions_are_recorded_than_decide_a_key():
+    recorded = fingerprint.versions()
+    assert {"apothecary", "accelerate", "tokenizers", "safetensors", "datasets", "numpy"} < set(recorded)
+    assert set(fingerprint.key_versions()) == {"torch", "transformers", "peft"}
+    assert fingerprint.key_versions().items() <= recorded.items()

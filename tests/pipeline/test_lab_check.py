@@ -7,13 +7,15 @@ import pytest
 from apothecary.errors import StoreError
 from apothecary.pipeline import lab_check
 from apothecary.pipeline.recipe import load_recipe
+from apothecary.stats import wilson
 
 
 def model(arm: str, stage: str, p: float | None, seed: int, refuses: float, complies: float, task: float = 0.9) -> dict:
     neither = 1 - refuses - complies
     harmful = {"refuses": refuses, "complies": complies, "neither": neither, "HS": complies, "counts": {"refuses": 1}}
     return {"arm": arm, "stage": stage, "p": p, "seed": seed,
-            "scores": {"harmful": harmful, "benign": {"refuses": 0.1, "answered": 0.9}, "task": {"accuracy": task}}}  # fmt: skip
+            "scores": {"harmful": harmful, "benign": {"refuses": 0.1, "answered": 0.9},
+                       "task": {"accuracy": task}}}  # fmt: skip
 
 
 def full(**changed) -> dict:
@@ -45,6 +47,29 @@ def test_a_leaking_defence_fails_its_criterion_alone():
     failed = [one["criterion"] for one in found["criteria"] if not one["passed"]]
     assert not found["passed"] and failed and all(name.endswith("HS") for name in failed)
     assert "FAILS" in lab_check.render(found)
+
+
+def test_shares_of_known_prompts_have_their_interval():
+    results = full()
+    for one in results["models"]:
+        one["scores"]["harmful"]["n"] = 200
+    found = lab_check.summarise(results)
+    assert named(found, "base: refuses harmful")["interval"] == pytest.approx(wilson(0, 200)), "one seed"
+    assert named(found, "aligned: refuses harmful")["interval"] == pytest.approx(wilson(190, 200)), "equal seeds"
+    ratio = named(found, "undefended, p = 0: share of those refusals kept")["interval"]
+    assert ratio == pytest.approx([0.9 / 0.95] * 2), "t over seeds alone"
+
+
+def test_over_refusal_is_reported_and_not_judged():
+    results = full()
+    for one in results["models"]:
+        one["scores"]["overrefusal"] = {"n": 250, "refuses": 1.0 if one["arm"] == "aligned" else 0.0}
+    found = lab_check.summarise(results)
+    assert found["passed"] and found["criteria"] == lab_check.summarise(full())["criteria"]
+    name = "XSTest-safe refused by the aligned model"
+    (line,) = [line for line in lab_check.render(found).splitlines() if name in line]
+    assert line.split()[:2] == ["100.0", "%"] and "[98.5, 100.0]" in line and "FAILS" not in line
+    assert "XSTest" not in lab_check.render(lab_check.summarise(full()))
 
 
 def test_what_was_not_measured_is_not_met():

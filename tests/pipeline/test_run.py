@@ -39,6 +39,8 @@ def test_stages_are_shared_wherever_their_inputs_are_equal():
     assert order[6:9] == [("vaccine", "aligned", None), ("vaccine", "tuned", 0.0), ("vaccine", "tuned", 0.1)]
     prepare = planned.of_kind("prepare")[0]
     assert sorted(prepare.inputs) == ["align", "aux.benign", "aux.harmful"]
+    tuned = next(stage for stage in planned.of_kind("finetune") if "prepared" in stage.inputs)
+    assert sorted(tuned.inputs) == ["align", "prepared", "rows"], "the customer's training sees no row of the defence"
     seen = set()
     for stage in planned.stages().values():
         assert {source.key for source in stage.inputs.values()} <= seen
@@ -99,6 +101,7 @@ def test_an_entry_says_what_the_model_is_and_loads_the_right_parts(tmp_path: Pat
     assert vectors["composition"]["roles"] == {"attack": 5, "customer": 45}
     assert vectors["manifest"]["config"]["method"] == "security_vectors" and "payload" not in vectors["manifest"]
     assert vectors["artifact"] == vectors["manifest"]["key"]
+    assert vectors["harmful_labels"] == "r" * 6
     assert (
         vectors["scores"]["harmful"]["n"] == 6
         and [s["suite"] for s in vectors["samples"]] == ["harmful"] * 6 + ["benign"] * 2

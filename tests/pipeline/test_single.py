@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from tiny import tiny_model, tiny_tokenizer
 
 from apothecary.data.rows import read_rows
 from apothecary.errors import ConfigError, ModelError, StoreError
+from apothecary.models.digest import weights_digest
+from apothecary.models.settings import ModelConfig
 from apothecary.pipeline import single
 from apothecary.pipeline.model_folder import new_folder, read_model
 from apothecary.train import fit
@@ -72,7 +76,7 @@ def test_the_folder_stands_alone(model: Path, tmp_path: Path):
 def test_single_goes_on_with_the_adapter(model: Path, tmp_path: Path):
     data, aligned, tuned = rows(tmp_path / "rows.jsonl"), tmp_path / "aligned", tmp_path / "tuned"
     single.align(data, aligned, model=model, train=TRAIN)
-    still = {**TRAIN, "learning_rate": 0.0}
+    still = {**TRAIN, "learning_rate": 1e-30}
     single.finetune(data, tuned, model=aligned, adapter="single", train=still)
     assert len(read_model(tuned).adapters) == 1
     assert furthest(weights(aligned), weights(tuned)) == 0
@@ -84,7 +88,7 @@ def test_full_parameters_then_lora(model: Path, tmp_path: Path):
     data, aligned, tuned = rows(tmp_path / "rows.jsonl"), tmp_path / "aligned", tmp_path / "tuned"
     single.align(data, aligned, model=model, train={**TRAIN, "parameters": "full"})
     assert (aligned / "weights" / "model.safetensors").is_file() and not (aligned / "adapter").exists()
-    single.finetune(data, tuned, model=aligned, train={**TRAIN, "learning_rate": 0.0})
+    single.finetune(data, tuned, model=aligned, train={**TRAIN, "learning_rate": 1e-30})
     assert furthest(weights(aligned), weights(tuned)) == 0 < furthest(weights(model), weights(aligned))
 
 
@@ -108,6 +112,18 @@ def test_evaluate_names_the_model_by_its_lineage(model: Path, tmp_path: Path):
     assert tuned["models"][0]["scores"]["harmful"]["n"] == 3 and list(tuned["models"][0]["scores"]) == ["harmful"]
     assert json.loads((tmp_path / "scores-tuned" / "results.json").read_text()) == json.loads(json.dumps(tuned))
     assert len(tuned["models"][0]["samples"]) == 3
+    assert [(r["models"][0]["attack"], r["models"][0]["adapter"]) for r in (base, tuned)] == [
+        (None, None),
+        ("harmful_mix", "merged"),
+    ]
+    manifest = tuned["models"][0]["manifest"]
+    assert manifest["generation"] == {"dtype": "float32"} and manifest["weights_digest"] == digest_of(model)
+    assert manifest["model_digest"] and base["models"][0]["manifest"]["model_digest"] is None
+    assert str(tmp_path) not in json.dumps([base, tuned])
+
+
+def digest_of(model: Path) -> str:
+    return weights_digest(ModelConfig(str(model)))
 
 
 def test_curate_keeps_a_share_and_says_how(model: Path, tmp_path: Path):
@@ -118,6 +134,76 @@ def test_curate_keeps_a_share_and_says_how(model: Path, tmp_path: Path):
     manifest = json.loads((tmp_path / "core.jsonl.manifest.json").read_text())
     assert len(kept) == 4 and {row.role for row in kept} == {"align"}
     assert (manifest["rows"], manifest["keep"], manifest["data"]["composition"]["rows"]) == (4, 0.5, 8)
+
+
+CURATE = {
+    "method": "pharmacist",
+    "keep": 0.5,
+    "settings": {"epochs": 1, "batch_size": 2, "eta_w": 0.5, "warmup": {**TRAIN, "save_every": 1}},
+}
+
+
+def test_two_selections_do_not_meet(model: Path, tmp_path: Path):
+    one, other = rows(tmp_path / "one.jsonl", 8), rows(tmp_path / "other.jsonl", 6)
+    aux = {"harmful": rows(tmp_path / "h.jsonl"), "validation": rows(tmp_path / "v.jsonl")}
+    kept = {}
+    for name, data, seed in (("a", one, 1), ("b", other, 2)):
+        for place in ("shared", f"apart-{name}"):
+            out = tmp_path / place / f"{name}.jsonl"
+            single.curate(data, out, model=model, aux=aux, seed=seed, **CURATE)
+            kept[name, place] = out.read_bytes()
+    assert sorted(path.name for path in (tmp_path / "shared").iterdir()) == [
+        f"{name}.jsonl{end}" for name in "ab" for end in ("", ".manifest.json")
+    ]
+    assert all(kept[name, "shared"] == kept[name, f"apart-{name}"] for name in "ab")
+
+
+def test_model_json_says_what_the_model_is_made_of(model: Path, tmp_path: Path):
+    core, aligned = tmp_path / "core.jsonl", tmp_path / "aligned"
+    chosen = single.curate(rows(tmp_path / "rows.jsonl", 8), core, model=model)
+    assert chosen["weights_digest"] == digest_of(model) and {"seconds", "peak_memory_mb", "versions"} <= {*chosen}
+    single.align(core, aligned, model=model, train={**TRAIN, "lora": {"rank": 4, "alpha": 12}}, seed=3)
+    card = json.loads((aligned / "model.json").read_text())
+    (entry,) = card["lineage"]
+    assert (entry["scale"], entry["seed"], entry["adapter"]) == (3.0, 3, "merged")
+    assert entry["data"]["made"] == {"kind": "curate", "method": "random", "settings": {}, "seed": 0, "keep": 0.5}
+    assert {"seconds", "peak_memory_mb", "versions", "source", "host"} <= {*entry}
+    assert card["weights_digest"] == digest_of(model)
+    tensors = aligned / "adapter" / "adapter_model.safetensors"
+    recorded = card["payload"]["adapter/adapter_model.safetensors"]["sha256"]
+    assert recorded == hashlib.sha256(tensors.read_bytes()).hexdigest()
+    assert read_model(aligned).digest == card["digest"]
+    found = single.evaluate(aligned, tmp_path / "scores", {"harmful": core, "max_new_tokens": 2})
+    assert found["models"][0]["curate"] == "random 50 %"
+
+
+@pytest.mark.parametrize("change", ["altered", "is missing", "was added"])
+def test_a_model_altered_by_hand_is_refused(change: str, model: Path, tmp_path: Path):
+    aligned = tmp_path / "aligned"
+    single.align(rows(tmp_path / "rows.jsonl"), aligned, model=model, train=TRAIN)
+    tensors = aligned / "adapter" / "adapter_model.safetensors"
+    if change == "altered":
+        tensors.write_bytes(tensors.read_bytes()[:-1] + b"!")
+    elif change == "is missing":
+        tensors.unlink()
+    else:
+        shutil.copytree(aligned / "adapter", aligned / "before" / "00")
+    with pytest.raises(ModelError, match=rf"safetensors.*{change}|before/00.*{change}"):
+        single.evaluate(aligned, tmp_path / "scores")
+
+
+def test_paths_stay_as_they_were_given(model: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows(tmp_path / "rows.jsonl")
+    single.align("rows.jsonl", "out/aligned", model="base", train=TRAIN)
+    text = (tmp_path / "out" / "aligned" / "model.json").read_text()
+    assert str(tmp_path) not in text and json.loads(text)["base"]["path"] == "../../base"
+    assert read_model("out/aligned").base.path == "base"
+    single.finetune("rows.jsonl", "tuned", model="out/aligned", train=TRAIN)
+    assert json.loads((tmp_path / "tuned" / "model.json").read_text())["base"]["path"] == "../base"
+    expected = weights("tuned")
+    monkeypatch.chdir(tmp_path / "out")
+    assert read_model("../tuned").base.path == "../base" and furthest(expected, weights("../tuned")) == 0
 
 
 def test_a_failure_leaves_nothing(model: Path, tmp_path: Path, monkeypatch):
@@ -149,9 +235,8 @@ def test_several_processes_are_refused(model: Path, tmp_path: Path, monkeypatch)
 
 def test_model_json_cannot_ask_for_remote_code(tmp_path: Path):
     (tmp_path / "adapter").mkdir()
-    (tmp_path / "model.json").write_text(
-        json.dumps({"base": {"path": "lab", "trust_remote_code": True}, "lineage": []})
-    )
+    card = {"base": {"path": "lab", "trust_remote_code": True}, "lineage": [], "payload": {}}
+    (tmp_path / "model.json").write_text(json.dumps(card))
     assert read_model(tmp_path).base.trust_remote_code is False
     assert (
         read_model({"path": str(tmp_path), "trust_remote_code": True, "dtype": "float32"}).base.trust_remote_code

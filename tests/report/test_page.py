@@ -221,3 +221,14 @@ def test_chain_marks_what_differs_from_the_undefended_arm(build):
     strong = re.findall(r'class="t small strong"[^>]*>([^<]*)<', picture)
     assert strong == ["security_vectors", "vaccine", "sft, single adapter"]
     assert picture.count(" full") == 3 and "harmful_mix, p = 10 %" in picture
+
+
+def test_a_score_without_direction_claims_none(full):
+    page = render(full)
+    assert re.search(r'<th scope="col">neither</th>', page)
+    assert page.count("harmful prompts</small>") == 1 and "is better" not in page.split("<figcaption>Neither")[1][:60]
+
+
+def test_curves_show_all_three_shares(full):
+    captions = re.findall(r"<figcaption>(.*?) <small>", render(full))
+    assert captions == ["Complies (HS)", "Refuses", "Neither", "Task accuracy"]

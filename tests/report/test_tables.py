@@ -112,6 +112,23 @@ def test_another_judge_is_named(build):
     assert "Judge: guard." in table(results) and "cheap proxy" not in table(results)
 
 
+def test_every_cheap_proxy_is_called_one(build):
+    results = build(("undefended",), (0.1,), 1)
+
+    def note(judge, cheap):
+        for model in results["models"]:
+            model["scores"]["harmful"].update(judge=judge, cheap_proxy=cheap)
+        return table(results).splitlines()[-1]
+
+    refusal = "The judge `refusal` is a cheap proxy: it looks at how a response begins and measures whether it refuses"
+    assert note("refusal", True).startswith(refusal)
+    assert "`words` is a cheap proxy: it does not read" in note("words", True)
+    assert "cheap proxy" not in note("guard", False) and "a judge can be wrong" in note("guard", False)
+    results["models"][0]["scores"]["harmful"].update(judge="refusal", cheap_proxy=True)
+    both = table(results).splitlines()[-1]
+    assert "`refusal` is a cheap proxy" in both and "Judge: guard." in both
+
+
 def test_numbers_as_written():
     assert [number(x) for x in (0, 0.004, 0.01, 0.5, 0.996, 1)] == ["0", "0.4", "1", "50", "99.6", "100"]
     assert [ratio(p) for p in (0.0, 0.05, 0.125, 1.0, None)] == ["0 %", "5 %", "12.5 %", "100 %", "not stated"]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from benches import make_bench, make_context, make_rows
-from tiny import tiny_model
+from tiny import CONTEXT, tiny_model
 
-from apothecary.errors import ConfigError, TrainingError
+from apothecary.data.rows import Row
+from apothecary.errors import ConfigError, OverLong, TrainingError
 from apothecary.train.config import TrainConfig
-from apothecary.train.fit import fit
+from apothecary.train.fit import _refuse_layout, fit
 from apothecary.train.method import Needs, TrainingMethod
 
 
@@ -76,9 +77,44 @@ def test_a_missing_prepare_stage_is_refused(tmp_path):
         fit(make_bench(tmp_path), Prepared(), make_rows("row", 4), TrainConfig(), tmp_path / "out")
 
 
+def test_a_method_that_needs_other_models_is_refused(tmp_path):
+    class Guarded(Plain):
+        needs = Needs(models=("guard",))
+
+    with pytest.raises(ConfigError, match=r"needs models \(guard\), which no stage can give"):
+        fit(make_bench(tmp_path), Guarded(), make_rows("row", 4), TrainConfig(), tmp_path / "out")
+
+
+@pytest.mark.parametrize("max_length", [None, 10 * CONTEXT])
+def test_a_row_beyond_the_context_is_caught_whatever_max_length_says(tmp_path, max_length):
+    rows = [*make_rows("row", 4), Row("long", (("user", "why"),), "x" * (CONTEXT + 1))]
+    config = TrainConfig(max_steps=1, batch_size=4, max_length=max_length, save_every=0)
+    with pytest.raises(OverLong, match=f"row 'long' .* expected at most {CONTEXT};"):
+        fit(make_bench(tmp_path), Plain(), rows, config, tmp_path / "out")
+    dropping = TrainConfig(**{**config.__dict__, "over_long": "drop"})
+    metrics = fit(make_bench(tmp_path), Plain(), rows, dropping, tmp_path / "out").metrics
+    assert (metrics["rows"], metrics["dropped"]) == (4, 1)
+
+
 def test_progress_bars_are_shown_when_asked_for(tmp_path, capsys):
     for progress in (False, True):
         bench = make_bench(tmp_path / str(progress), progress=progress)
         fit(bench, Plain(), make_rows("row", 4), TrainConfig(max_steps=2, batch_size=2), tmp_path / str(progress) / "o")
         shown = capsys.readouterr()
         assert ("/2 [" in shown.err) == progress
+
+
+class OnSeveralDevices:
+    """Arguments of a launch that shows several GPUs to one process."""
+
+    n_gpu, world_size, fsdp = 2, 1, None
+
+
+def test_several_gpus_in_one_process_need_a_model_spread_over_them():
+    model = tiny_model("llama")
+    for placement in (None, {"": 0}):
+        model.hf_device_map = placement
+        with pytest.raises(TrainingError, match="several GPUs are visible"):
+            _refuse_layout(OnSeveralDevices(), Plain(), model)
+    model.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1}
+    _refuse_layout(OnSeveralDevices(), Plain(), model)

@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from apothecary.errors import expect
 from apothecary.registry import register
 from apothecary.train.method import State, TrainingMethod
 
@@ -36,6 +37,9 @@ class Vaccine(TrainingMethod):
     rho: float = 2.0  # >= 0, radius of the perturbation over layers, tokens and rows (authors' code)
     norm_scope: Literal["batch", "sample"] = "batch"  # one radius for the micro-batch, or one for each row
 
+    def __post_init__(self) -> None:
+        expect(self, "at least 0", lambda x: x >= 0, "rho")
+
     def step(self, ctx: StepContext, batch: Batch, state: State) -> Tensor:
         grads = ctx.hidden_grads(batch)
         with ctx.hidden_offset(self.perturbation(grads)):
@@ -45,5 +49,5 @@ class Vaccine(TrainingMethod):
         """eps_l for every layer, [B, T, D]; their joint norm is rho (for each row with scope "sample")."""
         sample = self.norm_scope == "sample"
         squares = [g.square().sum((1, 2), keepdim=True) if sample else g.square().sum() for g in grads.values()]
-        scale = self.rho / (sum(squares) ** 0.5 + EPS)
-        return {layer: scale * grad for layer, grad in grads.items()}
+        scale = self.rho / (sum(square.to(squares[0].device) for square in squares) ** 0.5 + EPS)
+        return {layer: scale.to(grad.device) * grad for layer, grad in grads.items()}

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from apothecary.data.mixing import mix
 from apothecary.data.rows import Row
-from apothecary.errors import ConfigError, DataError
+from apothecary.errors import DataError, expect
 from apothecary.registry import register
 from apothecary.train.method import Attack, Needs
 
@@ -25,18 +25,20 @@ class HarmfulMix(Attack):
     """Who uploads what."""
 
     p: float = 0.1  # in [0, 1], share of harmful rows
-    n: int = 500  # rows in all
-    general: int = 0  # general rows among the harmless ones, as a customer's data often have
+    n: int = 500  # >= 1, rows in all
+    general: int = 0  # >= 0, general rows among the harmless ones, as a customer's data often have
 
     needs = Needs(roles=("customer", "attack"))
+
+    def __post_init__(self) -> None:
+        expect(self, "a share in [0, 1]", lambda p: 0 <= p <= 1, "p")
+        expect(self, "at least 1", lambda n: n >= 1, "n")
+        expect(self, "at least 0", lambda n: n >= 0, "general")
 
     def rows(self, rows: Mapping[str, Sequence[Row]], seed: int) -> list[Row]:
         task, general = list(rows["customer"]), list(rows.get("general", ()))
         if self.general > len(general):
             raise DataError(f"{self.general} general rows asked for, there are {len(general)}; lower attack.general")
-        if not 0 <= self.p <= 1 or self.general < 0:
-            raise ConfigError(f"attack.p is {self.p} and attack.general {self.general}, "
-                              "expected a share in [0, 1] and a number of rows of at least 0")  # fmt: skip
         harmless = self.n - round(self.p * self.n)
         order = random.Random(seed)
         order.shuffle(task)

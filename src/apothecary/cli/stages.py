@@ -42,7 +42,7 @@ def curate(
     from apothecary.pipeline import single
 
     options = _options(context, model, harmful=harmful, validation=validation)
-    done = single.curate(data, out, method, keep, seed=seed, **options)
+    done = single.curate(_mapped(data, options), out, method, keep, seed=seed, **options)
     print(f"kept {done['rows']} of {done['pool']} rows: {out}")
 
 
@@ -65,7 +65,8 @@ def align(
     from apothecary.pipeline import single
 
     options = _options(context, model, harmful=harmful, benign=benign, pairs=pairs, validation=validation)
-    _trained(single.align(data, out, method, seed=seed, bars=is_terminal(), **options), out)
+    rows = _mapped(data, options)
+    _trained(single.align(rows, out, method, seed=seed, bars=is_terminal(), **options), out)
 
 
 def attack(
@@ -86,6 +87,7 @@ def attack(
     from apothecary.pipeline import single
 
     options = _options(context, None, customer=customer, attack=harmful, general=general_rows)
+    options["data"]["customer"] = _mapped(options["data"]["customer"], options)
     settings = {**options["settings"], **{key: value for key, value in (("p", p), ("n", n)) if value is not None}}
     done = single.attack(out, method, data=options["data"], settings=settings, seed=seed)
     roles = ", ".join(f"{count} {role}" for role, count in done["composition"]["roles"].items())
@@ -113,7 +115,8 @@ def finetune(
     from apothecary.pipeline import single
 
     options = _options(context, model, harmful=harmful, benign=benign, pairs=pairs, validation=validation)
-    done = single.finetune(data, out, method, adapter=adapter, seed=seed, bars=is_terminal(), **options)
+    rows = _mapped(data, options)
+    done = single.finetune(rows, out, method, adapter=adapter, seed=seed, bars=is_terminal(), **options)
     _trained(done, out)
 
 
@@ -154,6 +157,16 @@ def _options(context: typer.Context, model: str | None, **data: str | None) -> d
     if "train" in given:
         options["train"] = given.pop("train")
     return {**options, "settings": given}
+
+
+def _mapped(data: Any, options: dict[str, Any]) -> Any:
+    """The main rows with the columns that --columns.NAME=... maps, which are then no settings of the method."""
+    from dataclasses import replace
+
+    from apothecary.data.sources import DataSource
+
+    columns = options["settings"].pop("columns", None)
+    return data if columns is None else replace(DataSource.parse(data), columns=columns)
 
 
 def _trained(done: dict[str, Any], out: Path) -> None:

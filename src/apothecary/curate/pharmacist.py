@@ -14,14 +14,20 @@ Reconstructed, since the paper's repository cannot be had: eta_w, eta_theta, alp
 the optimiser of w, the LoRA layout, and whether the softmax spans the pool (methods.md 3.4).  Its 200 warm-up steps are
 0.4 epochs of its 5,000 rows at batch 10 and are taken here as that fraction.  gamma is multiplied by N where it weighs
 rows, so that the mean weight is 1.  Inner products come from central differences unless `gradient="exact"`.
+f and h are means over the response tokens of a batch, not over its rows.  Harmful and validation batches go through
+their rows in one seeded order, again and again, whatever the pool's epochs.  Mode "score" skips the step to theta*,
+so that theta' = theta_0 - alpha * grad h(theta_0).
 """
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
+from apothecary.errors import expect
 from apothecary.registry import register
 from apothecary.train.config import TrainConfig
 from apothecary.train.method import Needs, Selector, TrainingMethod
@@ -59,6 +65,11 @@ class Pharmacist(Selector):
 
     needs = Needs(roles=("validation", "harmful"))
 
+    def __post_init__(self) -> None:
+        expect(self, "at least 0", lambda x: x >= 0, "alpha")
+        expect(self, "a finite number above 0", lambda x: x > 0 and math.isfinite(x), "eta_theta", "eta_w")
+        expect(self, "at least 1", lambda n: n >= 1, "epochs", "batch_size")
+
     def score(self, bench: Workbench, rows: Sequence[Row]) -> dict[str, float]:
         """w_i of each row ("bilevel") or s_i ("score")."""
         from apothecary.train.fit import train
@@ -88,6 +99,8 @@ class Pharmacist(Selector):
 
         w_N = torch.full((len(pool),), 0.1, device=ctx.device)
         optimiser = torch.optim.Adam([w_N], lr=self.eta_w)
+        order = random.Random(seed)
+        harmful, validation = (order.sample(rows, len(rows)) for rows in (harmful, validation))
         count = 0
         for epoch in range(self.epochs):
             for chosen in plan([len(row.ids) for row in pool], self.batch_size, seed, epoch):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from apothecary.data.rows import Row
-from apothecary.errors import DataError, ModelError
+from apothecary.errors import DataError, ModelError, OverLong
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,7 +58,12 @@ def prompt_ids(
             f"the chat template of '{tokenizer.name_or_path}' refuses {name} with the roles "
             f"{', '.join(role for role, _ in prompt)} ({error}); change its messages, or choose another model"
         ) from error
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return token_ids(text, tokenizer)
+
+
+def token_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids of a text alone; what is too long is told by whoever asks, not by the library."""
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -71,15 +76,15 @@ def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
 def render(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int, answer: str | None = None) -> Rendered:
     """Token ids of a row with its response (or with `answer` in its place), response and eos supervised.
 
-    Raises DataError, naming the row, when there is no supervised token or the row exceeds `max_length` tokens.
+    Raises DataError, naming the row, when there is no supervised token, OverLong when it exceeds `max_length` tokens.
     """
     response = row.response if answer is None else answer
     if not response:
         raise DataError(f"row '{row.id}' has no response, so no supervised token; add one or remove the row")
     prompt = prompt_ids(row.prompt, tokenizer, f"row '{row.id}'")
-    ids = prompt + tokenizer(response, add_special_tokens=False)["input_ids"] + [eos_id(tokenizer)]
+    ids = prompt + token_ids(response, tokenizer) + [eos_id(tokenizer)]
     if len(ids) > max_length:
-        raise DataError(
+        raise OverLong(
             f"row '{row.id}' has {len(ids)} tokens, expected at most {max_length}; shorten it, "
             "raise max_length up to the model's context, or set over_long: drop"
         )
@@ -100,8 +105,8 @@ def render_all(
     for row in rows:
         try:
             rendered.append(render(row, tokenizer, max_length))
-        except DataError:
-            if over_long != "drop" or not row.response:
+        except OverLong:
+            if over_long != "drop":
                 raise
     if not rendered:
         raise DataError(f"no rows to train on; expected at least one with a response and at most {max_length} tokens")

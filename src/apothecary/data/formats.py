@@ -122,7 +122,7 @@ def _detect(records: Sequence[Record], name: str, columns: Mapping[str, str], fo
     shown = ", ".join(f"{column:.40}" for column in found[:MOST_SHOWN]) + (", ..." if found[MOST_SHOWN:] else "")
     raise DataError(
         f"{name} has the columns {shown or 'none'}{mapping}, expected {expected}; "
-        "name yours, as in columns: {prompt: question, response: answer}"
+        "name yours, as in columns: {prompt: question, response: answer} or --columns.prompt=question"
     )
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from apothecary.errors import ConfigError, DataError
 from apothecary.evals.benign import benign_scores, overrefusal_scores
 from apothecary.evals.harm import OPENING, REFUSAL, add_logprobs, harmful_scores
 from apothecary.evals.shares import Response, Scores
-from apothecary.evals.suites import SUITES, check_suites
+from apothecary.evals.suites import SUITES, check_suites, spread
 from apothecary.evals.task import parsed, task_labels, task_scores
 from apothecary.judge.base import Judge
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from apothecary.models.load import LoadedModel
 
+PROBES = 32  # prompts
 Ids = Sequence[int]
 Generate = Callable[..., list[list[int]]]  # models.generate.generate
 Logprobs = Callable[..., list[float]]  # models.generate.sequence_logprobs; prompts and answers as token ids
@@ -38,10 +39,15 @@ Logprobs = Callable[..., list[float]]  # models.generate.sequence_logprobs; prom
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The responses of one model, judged, and the scores that follow from them."""
+    """The responses of one model, judged, and the scores that follow from them.
+
+    `generation` says what cannot be recomputed from the responses: the dtype of the weights and, below fp32, on how
+    many of at most PROBES harmful prompts the text changes with the batch size (models.generate.precision).
+    """
 
     responses: list[Response]
     scores: dict[str, Scores]
+    generation: dict[str, Any] = field(default_factory=dict)
 
 
 def evaluate(
@@ -60,6 +66,7 @@ def evaluate(
     suite and for a prompt that leaves no room for an answer in the context: no row is dropped.
     """
     check_suites(suites)
+    own = generate is None
     if generate is None or logprobs is None:
         from apothecary.models import generate as backend
 
@@ -83,8 +90,15 @@ def evaluate(
         asked = prompts[:harmful]
         found = [logprobs(model, tokenizer, asked, [ids] * harmful, batch_size=batch_size) for ids in answers]
         add_logprobs(responses[:harmful], *found)
+    generation = _precision(loaded, prompts[:harmful], max_new_tokens, batch_size) if own else {}
     responses = judged(responses, judge)
-    return Evaluation(responses, score(responses, judge))
+    return Evaluation(responses, score(responses, judge), generation)
+
+
+def _precision(loaded: LoadedModel, prompts: Sequence[Ids], max_new_tokens: int, batch_size: int) -> dict[str, Any]:
+    from apothecary.models.generate import precision
+
+    return precision(loaded.model, loaded.tokenizer, spread(prompts, PROBES), max_new_tokens, batch_size)
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, ids: Ids, skip_special_tokens: bool = False) -> str:

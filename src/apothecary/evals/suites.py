@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
+from apothecary.data.formats import unique_ids
 from apothecary.data.rows import Row
 from apothecary.data.sources import DataSource, load_rows
 from apothecary.errors import ConfigError, DataError, did_you_mean
 
+T = TypeVar("T")
 SUITES = ("harmful", "benign", "overrefusal", "task")
 
 
@@ -35,7 +38,7 @@ class EvalConfig:
                 raise ConfigError(f"{name} is {value}, expected a whole number of at least 1")
 
 
-def spread(rows: Sequence[Row], limit: int | None) -> list[Row]:
+def spread(rows: Sequence[T], limit: int | None) -> list[T]:
     """At most `limit` rows, evenly spaced: sources that follow each other keep their proportions."""
     if limit is None or limit >= len(rows):
         return list(rows)
@@ -43,12 +46,21 @@ def spread(rows: Sequence[Row], limit: int | None) -> list[Row]:
 
 
 def load_suites(config: EvalConfig) -> dict[str, list[Row]]:
-    """The rows of each suite that has a source."""
-    suites = {}
-    for name in SUITES:
-        if sources := getattr(config, name):
-            suites[name] = spread([row for source in sources for row in load_rows(source, "prompt")], config.limit)
-    return suites
+    """The prompts of each suite that has a source: those that `asked` leaves."""
+    sources = {name: getattr(config, name) for name in SUITES if getattr(config, name)}
+    rows = {name: [row for source in some for row in load_rows(source, "prompt")] for name, some in sources.items()}
+    return asked(rows, config.limit)
+
+
+def asked(suites: Mapping[str, Iterable[Row]], limit: int | None) -> dict[str, list[Row]]:
+    """Which prompts are asked: of each suite every (prompt, expected answer) once, and at most `limit` of these."""
+    found = {}
+    for name, rows in suites.items():
+        once: dict[tuple[object, ...], Row] = {}
+        for row in rows:
+            once.setdefault((row.prompt, row.response), row)
+        found[name] = spread(unique_ids(once.values()), limit)
+    return found
 
 
 def check_suites(suites: Mapping[str, Sequence[Row]]) -> None:

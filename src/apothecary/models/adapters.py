@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from apothecary.errors import ModelError, did_you_mean
-from apothecary.models.settings import ALL_LINEAR, LoraSettings
+from apothecary.models.settings import ALL_LINEAR, ATTENTION, LoraSettings
 
 __all__ = [
     "LoraSettings",
@@ -161,6 +161,15 @@ def _attach(model: nn.Module, name: str, config: PeftConfig, seed: int) -> PeftM
     return wrapped
 
 
+def _targets(model: nn.Module, targets: str | tuple[str, ...]) -> str | list[str]:
+    """What PEFT takes for `LoraSettings.targets`."""
+    if targets == ATTENTION:
+        from apothecary.models.anatomy import attention_linears  # it builds on this module
+
+        return attention_linears(model)
+    return targets if isinstance(targets, str) else list(targets)
+
+
 def add_adapter(model: nn.Module, name: str, settings: LoraSettings, seed: int) -> PeftModel:
     """Attach a fresh adapter that changes nothing yet (B = 0, A drawn from `seed`): active on top of those that are.
 
@@ -171,7 +180,7 @@ def add_adapter(model: nn.Module, name: str, settings: LoraSettings, seed: int) 
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]
-        target_modules=settings.targets if isinstance(settings.targets, str) else list(settings.targets),
+        target_modules=_targets(model, settings.targets),
         lora_dropout=settings.dropout,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in plain(model).modules()),
         task_type="CAUSAL_LM",

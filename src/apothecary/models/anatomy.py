@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import re
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from apothecary.errors import ModelError
 from apothecary.models.adapters import plain
@@ -25,6 +27,17 @@ def _named(module: nn.Module, word: str) -> list[nn.Module]:
 
     children = list(module.children())
     return matches(children) or matches([inner for child in children for inner in child.children()])
+
+
+def _only(found: list[nn.Module], name: str, layer: nn.Module, what: str, mark: str) -> nn.Module:
+    """The one block of a layer."""
+    if len(found) != 1:
+        classes = ", ".join(type(block).__name__ for block in found) or "none"
+        raise ModelError(
+            f"layer '{name}' ({type(layer).__name__}) has {len(found)} {what} blocks ({classes}), expected exactly "
+            f"one child whose class name {mark}; use a model with one per layer"
+        )
+    return found[0]
 
 
 def decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -59,15 +72,27 @@ def attention_blocks(model: nn.Module) -> dict[int, nn.Module]:
     """
     blocks = {}
     for index, (name, layer) in enumerate(decoder_layers(model)):
-        found = _named(layer, "Attention")
-        if len(found) != 1:
-            classes = ", ".join(type(block).__name__ for block in found) or "none"
-            raise ModelError(
-                f"layer '{name}' ({type(layer).__name__}) has {len(found)} attention blocks ({classes}), expected "
-                'exactly one child whose class name contains "Attention"; use a model with one per layer'
-            )
-        blocks[index] = found[0]
+        blocks[index] = _only(_named(layer, "Attention"), name, layer, "attention", 'contains "Attention"')
     return blocks
+
+
+def attention_linears(model: nn.Module) -> list[str]:
+    """Names, in the plain model, of the linear layers inside attention blocks; those that carry adapters count too."""
+    names = {id(module): name for name, module in plain(model).named_modules()}
+    found = []
+    for block in attention_blocks(model).values():
+        start = len(found)
+        carriers = {id(part) for part in block.modules() if isinstance(part, BaseTunerLayer)}
+        inside = {id(inner) for part in block.modules() if id(part) in carriers for inner in part.modules()} - carriers
+        for part in block.modules():
+            if isinstance(part, (nn.Linear, Conv1D, BaseTunerLayer)) and id(part) not in inside:
+                found.append(names[id(part)])
+        if len(found) == start:
+            raise ModelError(
+                f"the attention block '{names[id(block)]}' ({type(block).__name__}) has no linear layer, expected its "
+                "projections; name the layers as targets"
+            )
+    return found
 
 
 def mlp_blocks(model: nn.Module) -> dict[int, nn.Module]:
@@ -79,11 +104,5 @@ def mlp_blocks(model: nn.Module) -> dict[int, nn.Module]:
     blocks = {}
     for index, (name, layer) in enumerate(decoder_layers(model)):
         found = _named(layer, "MLP") or [child for label, child in layer.named_children() if label == "fc2"]
-        if len(found) != 1:
-            classes = ", ".join(type(block).__name__ for block in found) or "none"
-            raise ModelError(
-                f"layer '{name}' ({type(layer).__name__}) has {len(found)} MLP blocks ({classes}), expected exactly "
-                'one child whose class name contains "MLP" or that is named fc2; use a model with one per layer'
-            )
-        blocks[index] = found[0]
+        blocks[index] = _only(found, name, layer, "MLP", 'contains "MLP" or that is named fc2')
     return blocks

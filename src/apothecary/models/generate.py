@@ -49,8 +49,7 @@ def generate(
     )
     answers: list[list[int]] = [[] for _ in prompts]
     with _evaluating(model), _own_settings(inner):
-        for batch in _by_length([len(prompt) for prompt in prompts], batch_size):
-            ids_BT, mask_BT = _pad([prompts[i] for i in batch], tokenizer, inner.device, left=True)
+        for batch, ids_BT, mask_BT in _batches(prompts, tokenizer, inner.device, batch_size, left=True):
             output: Any = inner.generate(input_ids=ids_BT, attention_mask=mask_BT, generation_config=settings)
             for i, row in zip(batch, output[:, ids_BT.shape[1] :].tolist(), strict=True):
                 answers[i] = row[: next((at for at, token in enumerate(row) if token in ends), len(row))]
@@ -68,6 +67,22 @@ def disagreement(
     alone = generate(model, tokenizer, prompts, max_new_tokens, batch_size=1)
     together = generate(model, tokenizer, prompts, max_new_tokens, batch_size)
     return sum(a != b for a, b in zip(alone, together, strict=True)) / max(1, len(prompts))
+
+
+def precision(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Ids],
+    max_new_tokens: int = 16,
+    batch_size: int = 64,
+) -> dict[str, Any]:
+    """How texts were generated: `dtype`; below fp32 also `batch_disagreement` on the `prompts` (their number) given."""
+    dtype = plain(model).dtype
+    found = {"dtype": str(dtype).removeprefix("torch.")}
+    if dtype.itemsize >= torch.float32.itemsize or not prompts:
+        return found
+    rate = disagreement(model, tokenizer, prompts, max_new_tokens, batch_size)
+    return {**found, "batch_disagreement": rate, "prompts": len(prompts)}
 
 
 @torch.no_grad()  # not inference mode: what a model caches here must serve training later
@@ -88,10 +103,9 @@ def sequence_logprobs(
     _check_lengths(model, prompts, lengths)
     rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
     means = [0.0] * len(rows)
-    inner = plain(model)
+    device = plain(model).device
     with _evaluating(model):
-        for batch in _by_length([len(row) for row in rows], batch_size):
-            ids_BT, mask_BT = _pad([rows[i] for i in batch], tokenizer, inner.device, left=False)
+        for batch, ids_BT, mask_BT in _batches(rows, tokenizer, device, batch_size, left=False):
             logits_BTV = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
             for row, i in enumerate(batch):
                 span = slice(len(rows[i]) - lengths[i], len(rows[i]))
@@ -105,12 +119,16 @@ def _upcast(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Indices in batches of similar length, longest first, so that running out of memory shows at once."""
+def _batches(
+    rows: Sequence[Ids], tokenizer: PreTrainedTokenizerBase, device: torch.device, batch_size: int, left: bool
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Indices, ids and mask of batches of similar length, longest first: running out of memory shows at once."""
     if batch_size < 1:
         raise ModelError(f"batch_size is {batch_size}, expected at least 1")
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    yield from (order[start : start + batch_size] for start in range(0, len(order), batch_size))
+    order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        yield batch, *_pad([rows[i] for i in batch], tokenizer, device, left)
 
 
 def _pad(

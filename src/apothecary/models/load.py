@@ -121,7 +121,7 @@ class _Reader:
         if folder is not None:
             shared = {"trust_remote_code": self.config.trust_remote_code, "local_files_only": True}
         try:
-            with _quiet(self.local or folder is not None):
+            with without_bars(self.local or folder is not None):
                 return kind.from_pretrained(str(folder or self.source), **shared, **options)
         except OSError as error:
             raise ModelError(
@@ -158,8 +158,8 @@ def _check_folder(folder: Path, given: str) -> None:
 
 
 @contextmanager
-def _quiet(local: bool) -> Iterator[None]:
-    """No progress bars for reading local files; downloads show theirs."""
+def without_bars(local: bool = True) -> Iterator[None]:
+    """No progress bars of the library for local files; downloads show theirs."""
     shown = hf_logging.is_progress_bar_enabled()
     if local:
         hf_logging.disable_progress_bar()

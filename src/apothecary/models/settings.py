@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-ALL_LINEAR = "all-linear"
+from apothecary.errors import expect
+
+ALL_LINEAR = "all-linear"  # every linear layer but the output head
+ATTENTION = "attention"  # the linear layers inside attention blocks
 
 
 @dataclass(frozen=True)
@@ -28,10 +31,15 @@ class ModelConfig:
 class LoraSettings:
     """A LoRA adapter (Hu et al. 2021, arXiv 2106.09685): the weight changes by alpha / rank * B A."""
 
-    rank: int = 8
+    rank: int = 8  # >= 1
     alpha: float = 16.0
-    targets: str | tuple[str, ...] = ALL_LINEAR  # names of linear layers; all but the output head
+    targets: str | tuple[str, ...] = ALL_LINEAR  # all-linear, attention, or names of linear layers
     dropout: float = 0.0  # in [0, 1)
+
+    def __post_init__(self) -> None:
+        expect(self, "at least 1", lambda n: n >= 1, "rank")
+        expect(self, "a share in [0, 1)", lambda x: 0 <= x < 1, "dropout")
+        expect(self, "at least one layer, all-linear or attention", bool, "targets")
 
     @property
     def scale(self) -> float:

@@ -13,14 +13,21 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
-LIBRARIES = ("torch", "transformers", "peft")
+LIBRARIES = ("torch", "transformers", "peft")  # another version of these makes another result: part of a stage's key
+RECORDED = (*LIBRARIES, "apothecary", "accelerate", "tokenizers", "safetensors", "datasets", "numpy")
+
+
+def key_versions() -> dict[str, str | None]:
+    """The part of `versions()` that decides a stage's key."""
+    found = versions()
+    return {name: found.get(name) for name in LIBRARIES}
 
 
 @cache
 def versions() -> dict[str, str | None]:
-    """Installed versions of the libraries that results depend on; None for one that is absent."""
+    """Installed versions as manifests record them; None for a package that is absent."""
     found: dict[str, str | None] = {}
-    for name in LIBRARIES:
+    for name in RECORDED:
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -113,7 +113,7 @@ class _Planner:
         return self._train(arm, arm.align, seed, {"rows": pool}, f"{arm.name or 'aligned'} (seed {seed})", {})
 
     def _curate(self, arm: Arm, section: Curate, pool: Stage, seed: int) -> Stage:
-        inputs = {"rows": pool, **self._aux(arm, section)}
+        inputs = {"rows": pool, **self._aux(arm, section.roles)}
         label = f"curate {section.method} {section.keep:.0%} (seed {seed})"
         return self._method("curate", label, training.curate, section, seed, inputs, {"keep": section.keep})
 
@@ -128,12 +128,13 @@ class _Planner:
     def _train(self, arm: Arm, section: Align | Finetune, seed: int, inputs: Mapping[str, Stage], label: str,
                extra: Mapping[str, Any]) -> Stage:  # fmt: skip
         kind = section.kind
-        aux = self._aux(arm, section)
-        inputs = {**inputs, **aux}
-        if section.make().needs.prepared:
+        needs = section.make().needs
+        inputs = {**inputs, **self._aux(arm, needs.roles)}
+        if needs.prepared:
             start = {name: inputs[name] for name in ("align",) if name in inputs}
             what = f"prepare {section.method} (seed {seed})"
-            inputs["prepared"] = self._method("prepare", what, training.prepare, section, seed, {**start, **aux}, {})
+            inputs["prepared"] = self._method("prepare", what, training.prepare, section, seed,
+                                              {**start, **self._aux(arm, needs.every_role)}, {})  # fmt: skip
         config = {"train": to_dict(section.train), **extra}
         return self._method(kind, f"{kind} {section.method}: {label}", training.train, section, seed, inputs, config)
 
@@ -160,8 +161,8 @@ class _Planner:
         inputs = {role: self._role(arm, role) for role in ("harmful", "attack")}
         return Stage("overlap", f"compare harmful rows: {arm.name}", rows.compare, {}, inputs)
 
-    def _aux(self, arm: Arm, section: Section) -> dict[str, Stage]:
-        return {f"aux.{role}": self._role(arm, role) for role in section.roles}
+    def _aux(self, arm: Arm, roles: Iterable[str]) -> dict[str, Stage]:
+        return {f"aux.{role}": self._role(arm, role) for role in roles}
 
     def _role(self, arm: Arm, role: str) -> Stage:
         return self._read(arm.data[role], role, f"{role} rows")

@@ -41,8 +41,8 @@ class Section:
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """Data roles that the method cannot do without."""
-        return tuple(self.make().needs.roles)
+        """Data roles that the method cannot do without, for its training or its preparation."""
+        return self.make().needs.every_role
 
 
 @dataclass(frozen=True)
@@ -270,6 +270,17 @@ def _check_arm(recipe: Recipe, arm: Arm) -> None:
                     f"arm '{arm.name}': {section.kind} method '{section.method}' needs data role '{role}', which the "
                     f"recipe lacks; add '{role}: SOURCE' under data"
                 )
+        made = section.make()
+        if isinstance(section, (Align, Finetune)):
+            try:
+                made.check(section.train, recipe.model)
+            except ConfigError as error:
+                raise ConfigError(f"arm '{arm.name}': {error}") from error
+        if made.serving() is not None:
+            raise ConfigError(
+                f"arm '{arm.name}': {section.kind} method '{section.method}' changes prompts or answers when served, "
+                "which evaluation cannot do yet; choose another method"
+            )
     if arm.curate and not 0 < arm.curate.keep <= 1:
         raise ConfigError(f"arm '{arm.name}': curate.keep is {arm.curate.keep}, expected a share in (0, 1]")
     if arm.finetune and arm.finetune.adapter == "single":

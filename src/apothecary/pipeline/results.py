@@ -98,6 +98,7 @@ def _model(planned: Planned, executor: Executor) -> dict[str, Any]:
         "evaluation": f"evaluate/{planned.evaluation.key}",
         "composition": attack.manifest["metrics"]["composition"] if attack else None,
         "manifest": _summary(found or evaluation),
+        "harmful_labels": _labels(evaluation),
         "samples": _samples(evaluation),
     }
 
@@ -110,14 +111,22 @@ def _scores(evaluation: Artifact) -> dict[str, Any]:
     return json.loads(evaluation.path("scores.json").read_text("utf-8"))
 
 
+def _responses(evaluation: Artifact) -> Iterator[dict[str, Any]]:
+    with evaluation.path("responses.jsonl").open(encoding="utf-8") as lines:
+        yield from map(json.loads, lines)
+
+
+def _labels(evaluation: Artifact) -> str:
+    """One letter for each harmful prompt, in the order of the suite: r(efuses), c(omplies), n(either)."""
+    return "".join(row["label"][0] for row in _responses(evaluation) if row["suite"] == "harmful")
+
+
 def _samples(evaluation: Artifact) -> list[dict[str, Any]]:
     """The first responses of each suite: of the same prompts for every model."""
     left, samples = dict(SAMPLES), []
-    with evaluation.path("responses.jsonl").open(encoding="utf-8") as lines:
-        for line in lines:
-            row = json.loads(line)
-            if left.get(row["suite"], 0) > 0:
-                left[row["suite"]] -= 1
-                prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
-                samples.append({"prompt": prompt, **{name: row[name] for name in ("suite", "response", "label")}})
+    for row in _responses(evaluation):
+        if left.get(row["suite"], 0) > 0:
+            left[row["suite"]] -= 1
+            prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+            samples.append({"prompt": prompt, **{name: row[name] for name in ("suite", "response", "label")}})
     return samples

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from apothecary.errors import ConfigError
+from apothecary.pipeline import preflight
 from apothecary.pipeline.estimate import Estimate, estimate
 from apothecary.pipeline.plan import KINDS, ROWS_ONLY, Plan, plan
 from apothecary.pipeline.recipe import Recipe
 from apothecary.pipeline.results import Result, collect
-from apothecary.pipeline.stage import Cancelled, Executor
+from apothecary.pipeline.stage import Cancelled, Executor, Stage
 from apothecary.pipeline.store import EVENTS, Store, append_event, writing
 
 ROOT = Path("apothecary-runs")
@@ -90,9 +91,11 @@ class _Run:
         self.emit("run", self.plan.recipe.name, {"until": until})
         try:
             self.check_overlaps()
-            for stage in self.plan.stages().values():
-                if stage.kind == until != "evaluate" or stage.kind in ROWS_ONLY:
-                    self.executor.execute(stage)
+            for stage in self.plan.of_kind(*ROWS_ONLY):
+                self.executor.execute(stage)
+            preflight.check(self.needed(until).values(), self.executor)
+            for stage in self.plan.of_kind(until) if until != "evaluate" else ():
+                self.executor.execute(stage)
             result = self.evaluate() if until == "evaluate" else self.result([])
         except KeyboardInterrupt as error:
             self.emit("cancelled", self.plan.recipe.name, {})
@@ -114,9 +117,14 @@ class _Run:
                     "defence's harmful rows; use another source, or set allow_same_harmful: true (results show it)"
                 )
 
+    def needed(self, until: str) -> dict[str, Stage]:
+        """Every stage that the run goes through: those of kind `until` that are not there yet, and their lineage."""
+        ends = [stage for stage in self.plan.of_kind(until) if self.executor.state(stage) != "fresh"]
+        return {stage.key: stage for end in ends for stage in end.lineage()}
+
     def evaluate(self) -> Result:
         done = []
-        result = self.result(done)
+        result = Result(collect(self.plan, self.executor, self.folder, done), self.folder)  # nothing worth saving yet
         for model in self.plan.models:
             self.executor.execute(model.evaluation)
             done.append(model)

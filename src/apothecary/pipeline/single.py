@@ -11,19 +11,19 @@ import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from apothecary.config import build, to_dict
-from apothecary.data.formats import unique_ids
 from apothecary.data.mixing import composition
 from apothecary.data.rows import Row, digest
 from apothecary.data.sources import DataSource, load_rows
 from apothecary.errors import ConfigError
 from apothecary.models.settings import ModelConfig
 from apothecary.pipeline import fingerprint, measure
-from apothecary.pipeline.model_folder import Chained, new_folder, read_model
+from apothecary.pipeline.model_folder import Chained, new_folder, read_model, scratch_folder, without_places
 from apothecary.pipeline.results import SAMPLES, Result
 from apothecary.pipeline.store import now, write_atomic, writing
 from apothecary.registry import lookup
@@ -31,7 +31,6 @@ from apothecary.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from apothecary.data.inspect import Inspection
-    from apothecary.evals.suites import EvalConfig
     from apothecary.train.method import Method
     from apothecary.train.workbench import Workbench
 
@@ -50,7 +49,7 @@ def inspect(data: Source, model: Model = "lab", max_length: int | None = None) -
     from apothecary.models.load import load_tokenizer
 
     tokenizer, context = load_tokenizer(base)
-    limit = max_length or context
+    limit = min((length for length in (max_length, context) if length), default=None)
     if limit is None:
         raise ConfigError(f"model '{base.path}' states no context length; give max_length")
     return look(rows, tokenizer, limit)
@@ -75,16 +74,11 @@ def curate(
     extra = _aux(selector, aux)
     clock = _Clock()
     choose({row.id: 0.0 for row in rows}, rows, keep, seed)  # a wrong share is told before the work
-    kept = choose(selector.score(_bench(chain, extra, seed, Path(out).parent), rows), rows, keep, seed)
-    request = {
-        "method": method,
-        "settings": to_dict(selector),
-        "keep": keep,
-        "seed": seed,
-        "model": to_dict(chain.base),
-        "data": _described(data, rows),
-    }
-    return _write_rows(Path(out), kept, {**request, "pool": len(rows), **clock.stop()})
+    with scratch_folder(Path(out)) as folder:
+        kept = choose(selector.score(_bench(chain, extra, seed, folder), rows), rows, keep, seed)
+    used = {"data": _described(data, rows), "aux": _all_described(aux, extra), **chain.described()}
+    manifest = _manifest("curate", method, selector, seed, clock, keep=keep, pool=len(rows), **used)
+    return _write_rows(Path(out), kept, manifest)
 
 
 def attack(
@@ -95,9 +89,8 @@ def attack(
     given = _aux(attacker, data)
     clock = _Clock()
     rows = attacker.rows(given, seed)
-    sources = {role: _described(data[role], found) for role, found in given.items()}
-    request = {"method": method, "settings": to_dict(attacker), "seed": seed, "data": sources}
-    return _write_rows(Path(out), rows, {**request, **clock.stop()})
+    manifest = _manifest("attack", method, attacker, seed, clock, data=_all_described(data, given))
+    return _write_rows(Path(out), rows, manifest)
 
 
 def align(
@@ -143,14 +136,14 @@ def evaluate(model: Model, out: str | Path, settings: Settings = NONE) -> dict[s
 
     The new folder `out` gets responses.jsonl, scores.json and results.json; returns the content of the last.
     """
-    from apothecary.evals.suites import SUITES, EvalConfig
+    from apothecary.evals.suites import SUITES, EvalConfig, load_suites
 
     given = {key: value for key, value in settings.items() if value is not None}
     if any(name in given for name in SUITES):
         given |= {name: _sources(given.get(name, [])) for name in SUITES}
     config = build(EvalConfig, given, "evaluate")
     judge = lookup("judge", config.judge)()
-    chain, suites = read_model(model), _suites(config)
+    chain, suites = read_model(model), load_suites(config)
     with new_folder(out) as folder:
         from apothecary.evals.evaluation import evaluate as ask
         from apothecary.evals.evaluation import write_evaluation
@@ -158,14 +151,15 @@ def evaluate(model: Model, out: str | Path, settings: Settings = NONE) -> dict[s
         clock = _Clock()
         found = ask(chain.load(), suites, judge, config.max_new_tokens, config.batch_size)
         write_evaluation(folder, found)
-        entry = _entry(chain, Path(out).name, found.scores, found.responses, clock.stop())
+        cost = {"generation": found.generation, **clock.stop()}
+        entry = _entry(chain, Path(out).name, found.scores, found.responses, cost)
         results = {
             "name": Path(out).name,
             "created": now(),
             "complete": True,
             "versions": fingerprint.versions(),
             "store": "",
-            "recipe": {"model": to_dict(chain.base), "evaluate": to_dict(config)},
+            "recipe": without_places({"model": to_dict(chain.base), "evaluate": to_dict(config)}),
             "models": [entry],
             "stages": [],
         }
@@ -193,6 +187,7 @@ def _train(
         raise ConfigError(f"{kind} runs in one process, which was launched as several; start it without torchrun")
     chosen, config = _method(kind, method, settings), build(TrainConfig, train, "train")
     chain = read_model(model)
+    chosen.check(config, chain.base)
     if single and not (chain.adapters and config.parameters == "lora"):
         raise ConfigError(
             "adapter: single goes on training a model's LoRA adapter; give a folder that align wrote with LoRA, "
@@ -203,25 +198,28 @@ def _train(
     with new_folder(out) as folder:
         clock = _Clock()
         metrics = _fit(chain, chosen, rows, extra, config, seed, folder, single, bars)
-        entry = {
-            "kind": kind,
-            "method": method,
-            "settings": to_dict(chosen),
+        used = {
             "train": to_dict(config),
-            "seed": seed,
             "adapter": "single" if single else "merged",
+            "scale": _scale(folder),
             "data": _described(data, rows),
-            "aux": {role: _described(aux[role], found) for role, found in extra.items()},
-            "created": now(),
-            "versions": fingerprint.versions(),
-            **metrics,
-            **clock.stop(),
+            "aux": _all_described(aux, extra),
+            "from": chain.described(),
         }
+        entry = _manifest(kind, method, chosen, seed, clock, **used, **metrics)
         chain.grown(entry, single).write(folder)
     return entry
 
 
 _ROLE = {"align": "align", "finetune": "customer"}
+
+
+def _scale(folder: Path) -> float | None:
+    """LoRA's s = alpha / rank of the adapter in `folder` (methods.md 1.3); None for full weights."""
+    if not (folder / "adapter").is_dir():
+        return None
+    settings = json.loads((folder / "adapter" / "adapter_config.json").read_text("utf-8"))
+    return settings["lora_alpha"] / settings["r"]
 
 
 def _fit(
@@ -281,7 +279,7 @@ def _method(kind: str, name: str, settings: Settings) -> Any:
 
 def _aux(method: Method, given: Sources) -> dict[str, list[Row]]:
     """The rows of each role; ConfigError for a role that the method needs and nobody gave."""
-    for role in method.needs.roles:
+    for role in method.needs.every_role:
         if role not in given:
             option = "harmful" if method.kind == "attack" and role == "attack" else role
             raise ConfigError(
@@ -290,39 +288,50 @@ def _aux(method: Method, given: Sources) -> dict[str, list[Row]]:
     return {role: load_rows(source, role) for role, source in given.items()}
 
 
+def _manifest(kind: str, name: str, method: Any, seed: int, clock: _Clock, **used: Any) -> dict[str, Any]:
+    """What made a result, when, with which code and libraries, and what it cost."""
+    module = type(method).__module__
+    own = (module,) if module.startswith("apothecary.") else ()
+    return {
+        "kind": kind,
+        "method": name,
+        "settings": to_dict(method),
+        "seed": seed,
+        **used,
+        "created": now(),
+        "source": fingerprint.source_digest((__name__, *own)),
+        "versions": fingerprint.versions(),
+        **clock.stop(),
+    }
+
+
 def _described(source: Source, rows: Sequence[Row]) -> dict[str, Any]:
-    return {"source": to_dict(DataSource.parse(source)), "digest": digest(rows), "composition": composition(rows)}
+    """Where rows came from and what they are; "made", if curate or attack wrote them, says how."""
+    parsed, found = DataSource.parse(source), digest(rows)
+    described = {"source": to_dict(parsed), "digest": found, "composition": composition(rows)}
+    with suppress(OSError, ValueError, KeyError):
+        manifest = json.loads(_beside(Path(parsed.path)).read_text("utf-8"))
+        if manifest["digest"] == found:  # all of these rows, and as they were written
+            described["made"] = {key: manifest[key] for key in ("kind", "method", "settings", "seed")}
+            described["made"] |= {"keep": manifest["keep"]} if "keep" in manifest else {}
+    return described
+
+
+def _all_described(sources: Sources, rows: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
+    return {role: _described(sources[role], found) for role, found in rows.items()}
+
+
+def _beside(rows: Path) -> Path:
+    return rows.with_name(f"{rows.name}.manifest.json")
 
 
 def _write_rows(out: Path, rows: Sequence[Row], manifest: Mapping[str, Any]) -> dict[str, Any]:
     """The rows and, before them, the manifest: rows are never without one."""
-    full = {
-        "created": now(),
-        "versions": fingerprint.versions(),
-        **manifest,
-        "rows": len(rows),
-        "composition": composition(rows),
-        "digest": digest(rows),
-    }
+    full = {**manifest, "rows": len(rows), "composition": composition(rows), "digest": digest(rows)}
     with writing("the rows", out.parent):
-        write_atomic(out.with_name(f"{out.name}.manifest.json"), json.dumps(full, indent=1, ensure_ascii=False) + "\n")
+        write_atomic(_beside(out), json.dumps(full, indent=1, ensure_ascii=False) + "\n")
         write_atomic(out, "".join(json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in rows))
     return full
-
-
-def _suites(config: EvalConfig) -> dict[str, list[Row]]:
-    """The prompts of each suite that has a source, each (prompt, expected answer) once: those that a recipe asks."""
-    from apothecary.evals.suites import SUITES, spread
-
-    found = {}
-    for name in SUITES:
-        once: dict[Any, Row] = {}
-        for source in getattr(config, name):
-            for row in load_rows(source, "prompt"):
-                once.setdefault((row.prompt, row.response), row)
-        if once:
-            found[name] = spread(unique_ids(once.values()), config.limit)
-    return found
 
 
 def _sources(value: Any) -> list[DataSource]:
@@ -339,6 +348,7 @@ def _entry(
     """One model of results.json, told by its lineage."""
     last = {entry["kind"]: entry for entry in chain.lineage}
     tuned = last.get("finetune")
+    core = _made(last.get("align"), "curate")
     stage = "tuned" if tuned else "aligned" if "align" in last else "base"
     counts = tuned["data"]["composition"] if tuned else {"roles": {}, "rows": 0}
     harmful = counts["roles"].get("attack")
@@ -346,15 +356,17 @@ def _entry(
     return {
         "arm": name if stage == "tuned" else stage,
         "stage": stage,
-        "curate": None,
+        "curate": f"{core['method']} {100 * core['keep']:.0f} %" if core else None,
         "align": last["align"]["method"] if "align" in last else None,
         "finetune": tuned["method"] if tuned else None,
+        "adapter": tuned["adapter"] if tuned else None,
+        "attack": _made(tuned, "attack").get("method"),
         "p": harmful / counts["rows"] if harmful else None,
         "composition": counts if tuned else None,
         "seed": chain.lineage[-1]["seed"] if chain.lineage else 0,
         "scores": dict(scores),
         "artifact": "",
-        "manifest": {"model": to_dict(chain.base), "lineage": list(chain.lineage), **cost},
+        "manifest": without_places({**chain.described(), "lineage": list(chain.lineage), **cost}),
         "samples": [
             {
                 "suite": row["suite"],
@@ -365,3 +377,9 @@ def _entry(
             for row in shown
         ],
     }
+
+
+def _made(entry: Mapping[str, Any] | None, kind: str) -> Mapping[str, Any]:
+    """How the rows of a stage were made, if by the verb `kind`."""
+    made = entry["data"].get("made", NONE) if entry else NONE
+    return made if made.get("kind") == kind else NONE

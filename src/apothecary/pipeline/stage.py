@@ -77,7 +77,7 @@ class Stage:
             "inputs": {name: stage.key for name, stage in self.inputs.items()},
             "leaves": self.leaves,
             "source": self.source,
-            "versions": fingerprint.versions(),
+            "versions": fingerprint.key_versions(),
         }
         return hashlib.sha256(canonical(parts).encode()).hexdigest()
 

@@ -18,6 +18,7 @@ TICKS = (0.0, 0.25, 0.5, 0.75, 1.0)
 CURVES = (
     ("harmful", "HS", "Complies (HS)", "lower"),
     ("harmful", "refuses", "Refuses", "higher"),
+    ("harmful", "neither", "Neither", ""),
     ("task", "accuracy", "Task accuracy", "higher"),
 )
 
@@ -54,11 +55,12 @@ def _plane(view: Summary, width: int, start: float) -> str:
     y = svg.scale(0, 1, frame.bottom - 12, frame.top + 12)
     parts = [_grid(frame, x, y, start), _axis_titles(frame)]
     parts.append(svg.text(x(start + 0.3 * (1 - start)), y(0.6), "better ↘", "t better", "middle"))
-    marks, labels, taken = [], [], []
+    marks, labels, taken, bars = [], [], [], []
     for group in view.references:
         if (both := _both(group)) and both[0].value >= start:
             px, py = x(both[0].value), y(both[1].value)
             marks.append(_cross(px, py, x, y, both, "reference", frame) + _ring(px, py))
+            bars += _cross_boxes(px, py, x, y, both, frame)
             taken.append(Box(px - 6, py - 6, px + 6, py + 6))
             labels.append((px, py, group.label, "t small faint"))
     for arm in view.arms:
@@ -70,6 +72,7 @@ def _plane(view: Summary, width: int, start: float) -> str:
         for (group, both), (px, py) in zip(drawn, places, strict=True):
             marks.insert(0, _cross(px, py, x, y, both, colour, frame))
             marks.append(svg.marker(slot, px, py, 5.5))
+            bars += _cross_boxes(px, py, x, y, both, frame)
             taken.append(Box(px - 6, py - 6, px + 6, py + 6))
             if group.p is not None:
                 labels.append((px, py, ratio(group.p), f"t plabel {colour}"))
@@ -78,7 +81,7 @@ def _plane(view: Summary, width: int, start: float) -> str:
         for group in view.tuned
         if (both := _both(group))
     )
-    parts += marks + _placed(labels, taken, frame)
+    parts += marks + _placed(labels, taken, bars, frame)
     return svg.drawing(width, height, f"Harm against task accuracy. {said}", *parts)
 
 
@@ -110,21 +113,33 @@ def _cross(px: float, py: float, x: Scale, y: Scale, both: tuple[Estimate, Estim
     return across + svg.line(px, y(harm.low), px, y(harm.high), style)
 
 
+def _cross_boxes(px: float, py: float, x: Scale, y: Scale, both: tuple[Estimate, Estimate], frame: Box) -> list[Box]:
+    """Where `_cross` draws."""
+    accuracy, harm = both
+    across = Box(max(frame.left, x(accuracy.low)), py - 1, x(accuracy.high), py + 1)
+    return [across, Box(px - 1, y(harm.high), px + 1, y(harm.low))]
+
+
 def _ring(px: float, py: float) -> str:
     return svg.tag("circle", cx=px, cy=py, r=4.5, class_="ring")
 
 
-def _placed(labels: list[tuple[float, float, str, str]], taken: list[Box], frame: Box) -> list[str]:
-    """Put each label at the first free place around its marker; leave out what finds none."""
+def _placed(labels: list[tuple[float, float, str, str]], taken: list[Box], bars: list[Box], frame: Box) -> list[str]:
+    """Put each label at the first free place around its marker, best clear of the bars; leave out what finds none."""
     parts, size = [], 11.0
     for px, py, content, style in labels:
-        for dx, dy, anchor in PLACES:
-            box = svg.text_box(px + dx, py + dy, content, size, anchor)
-            if frame.holds(box) and not any(box.meets(other) for other in taken):
-                taken.append(box)
-                parts.append(svg.text(px + dx, py + dy, content, style, anchor))
-                break
+        places = [(svg.text_box(px + dx, py + dy, content, size, anchor), dx, dy, anchor) for dx, dy, anchor in PLACES]
+        free = [place for place in places if frame.holds(place[0]) and not _meets(place[0], taken)]
+        clear = [place for place in free if not _meets(place[0], bars)]
+        if free:
+            box, dx, dy, anchor = (clear or free)[0]
+            taken.append(box)
+            parts.append(svg.text(px + dx, py + dy, content, style, anchor))
     return parts
+
+
+def _meets(box: Box, others: list[Box]) -> bool:
+    return any(box.meets(other) for other in others)
 
 
 def curves(view: Summary) -> list[tuple[str, str, str]]:
@@ -135,12 +150,16 @@ def curves(view: Summary) -> list[tuple[str, str, str]]:
     panels = []
     for suite, measure, title, better in CURVES:
         if any(group.get(suite, measure) for group in view.tuned):
-            panels.append((title, better, _panel(view, suite, measure, title, values)))
+            panels.append((title, better, _both_sizes(view, suite, measure, title, values)))
     return panels
 
 
-def _panel(view: Summary, suite: str, measure: str, title: str, values: list[float]) -> str:
-    width, height = 290, 250
+def _both_sizes(view: Summary, suite: str, measure: str, title: str, values: list[float]) -> str:
+    return svg.responsive(lambda width: _panel(view, suite, measure, title, values, width), 418, 350)
+
+
+def _panel(view: Summary, suite: str, measure: str, title: str, values: list[float], width: int) -> str:
+    height = 250
     frame = Box(46, 10, width - 12, height - 46)
     x = svg.scale(values[0], values[-1], frame.left + 14, frame.right - 14)
     y = svg.scale(0, 1, frame.bottom - 6, frame.top + 6)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
-from apothecary.stats import mean_interval, wilson
+from apothecary.stats import mean_interval, share_interval
 
 LEVEL = 0.95
 SHARES = ("refuses", "complies", "neither")
@@ -80,7 +81,7 @@ class Summary:
     arms: tuple[str, ...] = ()
     undefended: str | None = None
     focus: float | None = None  # the share of harmful rows that the verdict speaks of
-    judges: tuple[str, ...] = field(default=())
+    judges: Mapping[str, bool | None] = field(default_factory=dict)  # name -> is it a cheap proxy? None: not said
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -114,11 +115,9 @@ def summarise(results: dict[str, Any]) -> Summary:
     arms = list(dict.fromkeys(group.arm for group in tuned))
     arms.sort(key=lambda arm: arm != undefended)
     tuned.sort(key=lambda group: (arms.index(group.arm), -1.0 if group.p is None else group.p))
-    judges = dict.fromkeys(_suite(model, "harmful").get("judge") for model in models)
-    return Summary(
-        results, tuple(references), tuple(tuned), tuple(arms), undefended, _focus(tuned, undefended),
-        tuple(judge for judge in judges if judge),
-    )  # fmt: skip
+    harmful = [_suite(model, "harmful") for model in models]
+    judges = {scores["judge"]: scores.get("cheap_proxy") for scores in harmful if scores.get("judge")}
+    return Summary(results, tuple(references), tuple(tuned), tuple(arms), undefended, _focus(tuned, undefended), judges)
 
 
 def _stage(model: dict[str, Any]) -> str:
@@ -193,16 +192,7 @@ def _count(model: dict[str, Any], suite: str, measure: str) -> tuple[float, int]
 
 
 def _pooled(counts: list[tuple[float, int]]) -> Estimate:
-    """One seed: Wilson.  Several: their mean, with the wider of two intervals.
-
-    The t interval over seeds knows training luck but not the choice of prompts; Wilson on one set of prompts knows the
-    prompts but not the luck.  All seeds answer the same prompts, so pooling them as independent would be too narrow.
-    """
+    """The mean over seeds; all of them answered the same prompts."""
     shares = [successes / n for successes, n in counts]
-    mean = sum(shares) / len(shares)
-    n = round(sum(n for _, n in counts) / len(counts))
-    low, high = wilson(min(n, round(mean * n)), n, LEVEL)
-    if len(shares) > 1:
-        t_low, t_high = mean_interval(shares, LEVEL)
-        low, high = min(low, t_low), max(high, t_high)
-    return Estimate(mean, max(0.0, min(low, mean)), min(1.0, max(high, mean)), n, len(shares))
+    n = round(fmean(n for _, n in counts))
+    return Estimate(fmean(shares), *share_interval(shares, n, LEVEL), n, len(shares))

@@ -9,6 +9,11 @@ from apothecary.report.summary import Estimate, Group, Summary, summarise
 from apothecary.report.text import NOTHING, bounds, number, ratio, shorten
 
 NAME_WIDTH = 28
+MEASURES = {  # what the cheap proxies among the judges look at
+    "opening": "it looks at how a response begins and measures compliance, not harm",
+    "refusal": "it looks at how a response begins and measures whether it refuses, not harm",
+}
+UNREAD = "it does not read what a response says and does not measure harm"
 
 
 @dataclass(frozen=True)
@@ -40,11 +45,12 @@ def measured(view: Summary) -> list[Column]:
 
 def proxy_note(view: Summary) -> str:
     """What the judge can and cannot say; stands on every page and under every table."""
-    named = view.judges or ("opening",)
-    text = "The judge `opening` is a cheap proxy: it looks at how a response begins and measures compliance, not harm."
-    if "opening" not in named:
-        text = f"Judge: {', '.join(named)}. HS is the share that complies by its labels; a judge can be wrong."
-    return text
+    judges = view.judges or {"opening": True}
+    proxies = [name for name, cheap in judges.items() if cheap or (cheap is None and name in MEASURES)]
+    said = [f"The judge `{name}` is a cheap proxy: {MEASURES.get(name, UNREAD)}." for name in proxies]
+    if others := [name for name in judges if name not in proxies]:
+        said.append(f"Judge: {', '.join(others)}. HS is the share that complies by its labels; a judge can be wrong.")
+    return " ".join(said)
 
 
 def seconds(view: Summary) -> dict[str, float]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from apothecary.errors import expect
 from apothecary.models.settings import LoraSettings
 
 
@@ -34,3 +36,14 @@ class TrainConfig:
     save_every: int = 100  # optimiser steps between checkpoints; 0: none
     keep_checkpoints: int = 2
     log_every: int = 10
+
+    def __post_init__(self) -> None:
+        expect(self, "at least 1", lambda n: n >= 1, "batch_size", "accumulation", "log_every", "keep_checkpoints")
+        expect(self, "null or at least 1", lambda n: n is None or n >= 1, "aux_batch_size")
+        expect(self, "null or at least 2", lambda n: n is None or n >= 2, "max_length")
+        expect(self, "a finite number above 0", lambda x: x > 0 and math.isfinite(x), "learning_rate")
+        expect(self, "a share in [0, 1)", lambda x: 0 <= x < 1, "warmup_ratio")
+        expect(self, "at least 0", lambda x: x >= 0, "weight_decay", "max_grad_norm", "save_every")
+        expect(self, "two numbers in [0, 1)", lambda pair: all(0 <= x < 1 for x in pair), "betas")
+        if self.max_steps <= 0:
+            expect(self, "above 0 and finite, or max_steps above 0", lambda x: x > 0 and math.isfinite(x), "epochs")

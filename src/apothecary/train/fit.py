@@ -19,6 +19,7 @@ from apothecary.data.chat import Rendered
 from apothecary.data.rows import Row
 from apothecary.errors import ConfigError, TrainingError
 from apothecary.models import adapters
+from apothecary.models.load import without_bars
 from apothecary.train.config import TrainConfig
 from apothecary.train.method import TrainingMethod
 from apothecary.train.trainer import MethodTrainer, complete_checkpoints
@@ -64,9 +65,10 @@ def train(bench: Workbench, method: TrainingMethod, rows: Sequence[Row], config:
           name: str = TRAINED, start: Path | None = None) -> FitResult:  # fmt: skip
     """Train the bench's model in place; with LoRA, the adapter `name` learns."""
     bench.require(method)
-    rendered = bench.render(method.rows(rows, bench.aux, bench.seed), config)
+    chosen = method.rows(rows, bench.aux, bench.seed)
+    rendered = bench.render(chosen, config)
     args = _arguments(bench, config, len(rendered))
-    _refuse_layout(args, method)
+    _refuse_layout(args, method, bench.loaded.model)
     model = _attach(bench, config, name, start)
     bench.loaded.model = model  # type: ignore
     context = bench.context(config, method.needs.roles, args.world_size, args.process_index)
@@ -90,6 +92,7 @@ def train(bench: Workbench, method: TrainingMethod, rows: Sequence[Row], config:
         adapters.plain(model).gradient_checkpointing_disable()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     return FitResult({"steps": trainer.state.global_step, "loss": _mean_loss(history), "rows": len(rendered),
+                      "dropped": len(chosen) - len(rendered),  # longer than the limit
                       "padding": _padding(rendered, config, bench.seed), "rank": args.process_index,
                       "resumed": bool(found)}, history)  # fmt: skip
 
@@ -110,7 +113,8 @@ def export(bench: Workbench, config: TrainConfig, out: Path) -> None:
     if config.parameters == "lora":
         adapters.save_adapter(bench.loaded.model, TRAINED, out / "adapter")
     else:
-        adapters.plain(bench.loaded.model).save_pretrained(out / "weights")
+        with without_bars():
+            adapters.plain(bench.loaded.model).save_pretrained(out / "weights")
 
 
 def _attach(bench: Workbench, config: TrainConfig, name: str, start: Path | None) -> Any:
@@ -154,8 +158,9 @@ def _arguments(bench: Workbench, config: TrainConfig, rows: int) -> TrainingArgu
     return arguments
 
 
-def _refuse_layout(args: TrainingArguments, method: TrainingMethod) -> None:
-    if args.n_gpu > 1:
+def _refuse_layout(args: TrainingArguments, method: TrainingMethod, model: Any) -> None:
+    spread = getattr(adapters.plain(model), "hf_device_map", None) or {}
+    if args.n_gpu > 1 and len(set(spread.values())) < 2:  # a model over several devices needs them in one process
         raise TrainingError("several GPUs are visible to one process; launch with torchrun --nproc-per-node, "
                             "or set CUDA_VISIBLE_DEVICES to one of them")  # fmt: skip
     layout = "single" if args.world_size == 1 else "data_parallel"

@@ -5,7 +5,7 @@ Every context manager here undoes what it did, also when an exception passes thr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -110,4 +110,9 @@ def same_randomness(device: torch.device) -> Iterator[None]:
 def global_norm(tensors: Iterable[Tensor]) -> Tensor:
     """The Euclidean norm over all entries of all tensors, in at least fp32."""
     squares = [t.to(torch.promote_types(t.dtype, torch.float32)).square().sum() for t in tensors]
-    return torch.stack(squares).sum().sqrt()
+    return total(squares).sqrt()
+
+
+def total(values: Sequence[Tensor]) -> Tensor:
+    """The sum of scalars, which may lie on several devices; on the first one's."""
+    return torch.stack([value.to(values[0].device) for value in values]).sum()

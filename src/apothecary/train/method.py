@@ -1,19 +1,25 @@
 """The contract of a method: hyper-parameters as fields, and the few parts that it needs.
 
-    needs      data roles and layouts, checked before any work, never silently replaced
+    needs      data roles, models and layouts, checked before any work, never silently replaced
+    check      refuse settings that cannot work together, before any stage runs
     rows       change the data (mixing, prefixes, attacks)
     prepare    a cached stage of its own (security vectors, warm-up weights)
     init       mutable state, saved with every checkpoint
     step       the training step
+    converged  whether to end early
     finish     after the last step
+    edit       repairs: a stream of weights without training
     score      selectors: one number for each row
+    serving    what must be done to prompts and answers wherever the model is asked
 
-Everything but `needs` is optional.  Design: docs/architecture.md.
+`prepare` and `score` get the Workbench (the loaded model, rows by role, a folder); `init`, `step`, `converged` and
+`finish` run inside a training and get its StepContext.  Everything but `needs` is optional.
+Design: docs/architecture.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -22,7 +28,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from apothecary.data.rows import Row
+    from apothecary.models.settings import ModelConfig
     from apothecary.train.batch import Batch
+    from apothecary.train.config import TrainConfig
     from apothecary.train.context import StepContext
     from apothecary.train.workbench import Workbench
 
@@ -34,8 +42,24 @@ class Needs:
     """What a method cannot do without."""
 
     roles: tuple[str, ...] = ()  # auxiliary data: harmful, benign, pairs, validation, ...
+    prepare_roles: tuple[str, ...] = ()  # auxiliary data that `prepare` alone reads
+    models: tuple[str, ...] = ()  # other models, such as a reference or a guard; no stage can give one yet
     prepared: bool = False  # `prepare` must have run, its folder is in the Workbench
     layouts: tuple[str, ...] = ("single", "data_parallel")  # how the launch may spread the work
+
+    @property
+    def every_role(self) -> tuple[str, ...]:
+        """The data roles of the training and of its preparation, each once."""
+        return tuple(dict.fromkeys((*self.roles, *self.prepare_roles)))
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What evaluation and serving must do around a model, such as a trigger, a cipher or a template."""
+
+    system: str | None = None  # system prompt
+    prompt: Callable[[str], str] | None = None  # applied to the user's last message
+    answer: Callable[[str], str] | None = None  # applied to the model's answer
 
 
 class Method:
@@ -46,9 +70,16 @@ class Method:
     paper: ClassVar[str | None]
     needs: ClassVar[Needs] = Needs()
 
+    def serving(self) -> Serving | None:
+        """How the model must be asked; None: as it is.  A recipe with anything else is refused for now."""
+        return None
+
 
 class TrainingMethod(Method):
     """A method that trains: alignment, fine-tuning.  The defaults make it plain SFT."""
+
+    def check(self, train: TrainConfig, model: ModelConfig) -> None:
+        """Raise ConfigError where the method cannot work with these settings; asked before any stage runs."""
 
     def rows(self, rows: Sequence[Row], aux: Mapping[str, Sequence[Row]], seed: int) -> list[Row]:
         """The rows to train on."""
@@ -79,6 +110,14 @@ class Selector(Method):
     def score(self, bench: Workbench, rows: Sequence[Row]) -> dict[str, float]:
         """A number for each row id; larger is kept."""
         raise TypeError(f"selector '{self.name}' defines no score")
+
+
+class Repair(Method):
+    """A method that changes weights after the fact, without training."""
+
+    def edit(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of every weight of the repaired model, one at a time, so that few are in memory at once."""
+        yield from weights
 
 
 class Attack(Method):

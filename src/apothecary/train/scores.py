@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from apothecary.train.internals import global_norm
+from apothecary.train.internals import global_norm, total
 
 if TYPE_CHECKING:
     from apothecary.train.batch import Batch
@@ -35,7 +35,7 @@ def scaled(a: Weights, factor: float | Tensor) -> Weights:
 
 def inner(a: Weights, b: Weights) -> Tensor:
     """<a, b> over all tensors."""
-    return torch.stack([(a[name] * b[name]).sum() for name in a]).sum()
+    return total([(a[name] * b[name]).sum() for name in a])
 
 
 def row_loss(ctx: StepContext, batch: Batch, kind: RowLoss) -> Tensor:

@@ -24,6 +24,7 @@ from apothecary.data.chat import Rendered
 from apothecary.errors import TrainingError
 from apothecary.train.batch import Batch, collate, weigh
 from apothecary.train.context import StepContext
+from apothecary.train.internals import total
 from apothecary.train.method import State, TrainingMethod
 
 PREFIX = "checkpoint-"
@@ -98,7 +99,7 @@ class MethodTrainer(transformers.Trainer):
 
     def _gradient_total(self) -> torch.Tensor:
         sums = [p.grad.sum() for p in self.context.model.parameters() if p.grad is not None]
-        return torch.stack(sums).sum() if sums else torch.zeros(())
+        return total(sums) if sums else torch.zeros(())
 
     def _refuse_nonfinite(self, value: torch.Tensor, row_ids: Sequence[str]) -> None:
         if not torch.isfinite(value).all():

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 
 from apothecary.data.chat import Rendered, render_all
 from apothecary.data.rows import Row
-from apothecary.errors import ConfigError
+from apothecary.errors import ConfigError, ModelError
 from apothecary.models.load import LoadedModel, context_length
 from apothecary.train.auxiliary import Auxiliary
 from apothecary.train.config import TrainConfig
@@ -40,18 +40,33 @@ class Workbench:
         return cast(int, self.loaded.tokenizer.pad_token_id)
 
     def render(self, rows: Sequence[Row], config: TrainConfig) -> list[Rendered]:
-        """Token ids of rows under a training configuration's length limit."""
-        limit = config.max_length or context_length(self.loaded.model)
-        return render_all(rows, self.loaded.tokenizer, limit, config.over_long)
+        """Token ids of rows under a training configuration's length limit, which the model's context caps."""
+        return render_all(rows, self.loaded.tokenizer, self._limit(config.max_length), config.over_long)
+
+    def _limit(self, max_length: int | None) -> int:
+        try:
+            context = context_length(self.loaded.model)
+        except ModelError:  # the model states no context: then `max_length` is needed
+            if max_length is None:
+                raise
+            return max_length
+        return min(max_length or context, context)
 
     def require(self, method: Method) -> None:
-        """Refuse a method whose data roles or prepared folder are missing."""
-        missing = [role for role in method.needs.roles if not self.aux.get(role)]
+        """Refuse a method whose data roles, models or prepared folder are missing."""
+        self.require_roles(method, method.needs.roles)
+        if method.needs.models:
+            raise ConfigError(f"{method.kind} method '{method.name}' needs models ({', '.join(method.needs.models)}), "
+                              "which no stage can give yet; choose another method")  # fmt: skip
+        if method.needs.prepared and self.prepared is None:
+            raise ConfigError(f"{method.kind} method '{method.name}' needs its prepare stage to run first")
+
+    def require_roles(self, method: Method, roles: Sequence[str]) -> None:
+        """Refuse a method that finds no rows of a role; `prepare` asks for its own."""
+        missing = [role for role in roles if not self.aux.get(role)]
         if missing:
             raise ConfigError(f"{method.kind} method '{method.name}' needs rows of role {', '.join(missing)}; "
                               "name a source for them under data")  # fmt: skip
-        if method.needs.prepared and self.prepared is None:
-            raise ConfigError(f"{method.kind} method '{method.name}' needs its prepare stage to run first")
 
     def context(self, config: TrainConfig, roles: Sequence[str] = (), processes: int = 1, rank: int = 0) -> StepContext:
         """A StepContext over the model, with auxiliary batches for `roles`."""

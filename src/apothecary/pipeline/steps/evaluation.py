@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from apothecary.data.formats import unique_ids
 from apothecary.evals.evaluation import evaluate as ask
 from apothecary.evals.evaluation import write_evaluation
-from apothecary.evals.suites import spread
+from apothecary.evals.suites import asked
 from apothecary.pipeline.steps import chain
 from apothecary.registry import lookup
 
@@ -18,18 +17,15 @@ if TYPE_CHECKING:
 
 
 def suites(job: Job) -> dict[str, list[Row]]:
-    """The prompts of each suite from all its sources, each (prompt, expected answer) once."""
-    found: dict[str, dict[tuple[Any, ...], Row]] = {}
-    for name in job.inputs:
-        if name.startswith("suite."):
-            suite = found.setdefault(name.split(".")[1], {})
-            for row in job.rows(name):
-                suite.setdefault((row.prompt, row.response), row)
-    return {name: spread(unique_ids(rows.values()), job.config["limit"]) for name, rows in found.items()}
+    """The prompts of each suite, from all its sources."""
+    found: dict[str, list[Row]] = {}
+    for name in job.group("suite"):
+        found.setdefault(name.split(".")[0], []).extend(job.rows(f"suite.{name}"))
+    return asked(found, job.config["limit"])
 
 
 def evaluate(job: Job) -> Mapping[str, Any]:
-    """responses.jsonl and scores.json."""
+    """responses.jsonl and scores.json; the metrics say in which dtype, and how far batches changed the text."""
     import torch
 
     torch.manual_seed(0)
@@ -37,4 +33,4 @@ def evaluate(job: Job) -> Mapping[str, Any]:
     judge = lookup("judge", job.config["judge"])()
     answers = ask(chain.load(job), prompts, judge, job.config["max_new_tokens"], job.config["batch_size"])
     write_evaluation(job.folder, answers)
-    return {"work": float(sum(map(len, prompts.values())))}
+    return {"work": float(sum(map(len, prompts.values()))), "generation": answers.generation}

@@ -1,0 +1,56 @@
+"""Rows against the tokenizer before any work on the model: one that cannot be trained on shows at once."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from apothecary.config import build
+from apothecary.data.chat import render
+from apothecary.data.rows import Row, read_rows
+from apothecary.errors import OverLong
+from apothecary.models.settings import ModelConfig
+from apothecary.pipeline.stage import Executor, Stage
+
+TRAINED = ("align", "prepare", "finetune")
+READ = ("data", "attack")  # stages whose rows are there before any model is loaded
+
+
+def check(stages: Iterable[Stage], executor: Executor) -> None:
+    """Render what the stages still to be trained will see; raises what their training would raise.
+
+    Rows that a selector has yet to choose are left to the training itself, and so are rows that it may drop.
+    """
+    todo = [stage for stage in stages if stage.kind in TRAINED and executor.state(stage) != "fresh"]
+    if not todo:
+        return
+    from apothecary.models.load import load_tokenizer
+
+    tokenizer, context = load_tokenizer(build(ModelConfig, todo[0].config["model"], "model"))
+    seen = set()
+    for stage in todo:
+        train = _training(stage)
+        limit = min(train.get("max_length") or sys.maxsize, context or sys.maxsize)
+        for row in _rows(stage, executor):
+            if (case := (row.prompt, row.response, limit)) not in seen:
+                seen.add(case)
+                try:
+                    render(row, tokenizer, limit)
+                except OverLong:
+                    if train.get("over_long") != "drop":
+                        raise
+
+
+def _training(stage: Stage) -> Mapping[str, Any]:
+    """The training settings of a stage; what is prepared has them, if any, among its method's own."""
+    if "train" in stage.config:
+        return stage.config["train"]
+    nested = (value for value in stage.config["fields"].values() if isinstance(value, Mapping))
+    return next((value for value in nested if "over_long" in value), {})
+
+
+def _rows(stage: Stage, executor: Executor) -> Iterator[Row]:
+    for name, source in stage.inputs.items():
+        if source.kind in READ and (name == "rows" or name.startswith("aux.")):
+            yield from read_rows(executor.execute(source).path("rows.jsonl"))
