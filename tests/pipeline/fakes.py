@@ -11,6 +11,8 @@ from pathlib import Path
 from apothecary.pipeline.stage import Executor, Job, Stage
 from apothecary.pipeline.store import Store
 
+PAUSE = 0.04  # seconds of a step: long enough to be killed within, on a busy machine too
+
 
 def numbers(job: Job) -> dict:
     """rows.jsonl-like input."""
@@ -60,7 +62,7 @@ if __name__ == "__main__":
     from pipeline import fakes
 
     root, what = Path(sys.argv[1]), sys.argv[2]
-    end = Stage("align", "fill", fakes.fill, {}) if what == "fill" else fakes.chain(pause=0.01, links=3)
+    end = Stage("align", "fill", fakes.fill, {}) if what == "fill" else fakes.chain(pause=PAUSE, links=3)
     print("ready", end.key, flush=True)
     artifact = Executor(Store(root)).execute(end)
     print(artifact.digest, artifact.manifest["metrics"])

@@ -17,6 +17,8 @@ from apothecary.pipeline import fingerprint
 from apothecary.pipeline.stage import Cancelled, Executor, Stage
 from apothecary.pipeline.store import Store
 
+PAUSE = fakes.PAUSE
+
 
 def test_the_key_follows_everything_that_decides_the_result(monkeypatch: pytest.MonkeyPatch):
     stage = fakes.chain()
@@ -84,24 +86,40 @@ def test_an_input_that_came_out_differently_makes_the_rest_stale(tmp_path: Path)
     assert store.manifests("align") == [new.manifest]
 
 
-def test_killed_at_random_moments_it_ends_with_the_same_content(tmp_path: Path):
-    whole = Executor(Store(tmp_path / "whole")).execute(fakes.chain(pause=0.01, links=3))
+def test_killed_again_and_again_it_ends_with_the_same_content(tmp_path: Path):
+    """Kills by turns at a random moment and right after a checkpoint of a stage at work."""
+    whole = Executor(Store(tmp_path / "whole")).execute(fakes.chain(pause=PAUSE, links=3))
     chance, kills, within, out = random.Random(0), 0, 0, ""
     while not out:
         process = subprocess.Popen([sys.executable, FAKES, tmp_path / "killed", "chain"], env=ENVIRONMENT,
                                    stdout=subprocess.PIPE, text=True)  # fmt: skip
         assert process.stdout and process.stdout.readline().startswith("ready")
-        if kills < 6 or (not within and kills < 30):
-            time.sleep(chance.random() * 0.15)
+        if kills < 6:
+            if kills % 2:
+                time.sleep(chance.random() * PAUSE * 8)
+            else:
+                wait_for_progress(process, tmp_path / "killed")
             process.send_signal(signal.SIGKILL)
         out, _ = process.communicate()
         kills += process.returncode == -signal.SIGKILL
-        within += any((tmp_path / "killed").glob("*/*.partial/checkpoints/last"))
-    final = Executor(Store(tmp_path / "killed")).execute(fakes.chain(pause=0.01, links=3)).verify()
+        within += bool(checkpoints(tmp_path / "killed"))
+    final = Executor(Store(tmp_path / "killed")).execute(fakes.chain(pause=PAUSE, links=3)).verify()
     assert out.split()[0] == final.digest == whole.digest and final.key == whole.key
     resumed = any(manifest["metrics"]["resumed"] for manifest in Store(tmp_path / "killed").manifests("align"))
     assert kills >= 3 and within and resumed
     assert not list(tmp_path.glob("killed/*/*.partial"))
+
+
+def checkpoints(root: Path) -> dict[Path, int]:
+    """When each stage at work wrote its last checkpoint."""
+    found = root.glob("*/*.partial/checkpoints/last")
+    return {path: path.stat().st_mtime_ns for path in found}
+
+
+def wait_for_progress(process: subprocess.Popen, root: Path) -> None:
+    before = checkpoints(root)
+    while process.poll() is None and checkpoints(root) in ({}, before):
+        time.sleep(0.005)
 
 
 def test_two_processes_do_the_work_once(tmp_path: Path):
