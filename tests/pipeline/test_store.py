@@ -33,7 +33,7 @@ def test_a_finished_artifact_says_what_it_is(artifact: Artifact, tmp_path: Path)
     assert manifest["config"] == {"bias": 0, "pause": 0.0, "seed": 0} and manifest["seed"] == 0
     source = manifest["inputs"]["numbers"]
     assert Artifact(tmp_path / source["kind"] / source["key"][:20]).digest == source["digest"]
-    assert set(manifest["versions"]) == {"torch", "transformers", "peft"}
+    assert {"torch", "transformers", "peft", "apothecary"} <= set(manifest["versions"])
     assert manifest["seconds"] >= 0 and manifest["peak_memory_mb"] > 1 and manifest["host"]["cores"] == os.cpu_count()
     events = [json.loads(line) for line in (artifact.folder / "events.jsonl").read_text().splitlines()]
     assert [event["event"] for event in events] == ["started", "finished"]
