@@ -32,7 +32,7 @@ arms:
   undefended: {}
   security vectors:
     finetune: {method: security_vectors, harmful_rows: 16, vectors: {max_steps: 3, batch_size: 8, save_every: 1}}
-  vaccine: {align: {method: vaccine}, attack: {p: 0.1}}
+  vaccine: {align: {method: vaccine, train: {parameters: full}}, attack: {p: 0.1}}
   Pharmacist's half:
     curate: {method: pharmacist, keep: 0.5, mode: score, warmup: {max_steps: 2, batch_size: 8, save_every: 0}}
     attack: {p: 0.1}

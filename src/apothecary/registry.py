@@ -60,7 +60,7 @@ def _decorations(tree: ast.Module) -> list[tuple[str, str, str | None]]:
 def _read(module: str, source: str) -> list[Entry]:
     tree = ast.parse(source)
     doc = ast.get_docstring(tree) or ""
-    summary = " ".join(doc.split("\n\n")[0].split())
+    summary = re.split(r"(?<=[.])\s+(?=[A-Z])", " ".join(doc.split("\n\n")[0].split()))[0]
     cost = re.search(r"^Cost: (.+?)(?:\n\n|\Z)", doc, re.M | re.S)
     return [
         Entry(kind, name, module, paper, summary, " ".join(cost[1].split()) if cost else "")
@@ -88,6 +88,8 @@ def lookup(kind: str, name: str) -> type:
         entry = entries().get((kind, name))
         if entry is None:
             known = [n for k, n in entries() if k == kind]
-            raise ConfigError(f"unknown {kind} method '{name}'; {did_you_mean(name, known)}")
+            others = ", ".join(k for k, n in entries() if n == name)
+            where = f" (there is one for {others})" if others else ""
+            raise ConfigError(f"unknown {kind} method '{name}'{where}; {did_you_mean(name, known)}")
         import_module(entry.module)
     return _classes[kind, name]

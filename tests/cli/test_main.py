@@ -134,3 +134,11 @@ def test_methods_are_lines_with_tabs_where_there_is_no_terminal(capsys):
 def test_methods_of_one_kind(capsys):
     assert main(["methods", "attack"]) == 0
     assert {line.split("\t")[0] for line in capsys.readouterr().out.splitlines()[1:]} == {"attack"}
+
+
+def test_methods_are_paragraphs_in_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(show, "is_terminal", lambda: True)
+    assert main(["methods", "align"]) == 0
+    heading, *lines = capsys.readouterr().out.splitlines()
+    assert heading == "align" and "  vaccine  arXiv 2402.01109" in [line.rstrip() for line in lines]
+    assert any(line.startswith("    Cost: 2 forward + 2 backward per batch") for line in lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 
@@ -94,6 +95,16 @@ def test_table_is_aligned_and_complete(full):
     assert row.endswith(" 50"), "28.5 s of alignment and 21 s of fine-tuning"
     assert "lower is better" in lines[-2] and "cheap proxy" in lines[-1]
     assert max(map(len, lines)) <= 140
+
+
+def test_a_narrow_terminal_gets_a_table_in_blocks(full):
+    wide, narrow = table(full).splitlines(), table(full, 80).splitlines()
+    *blocks, _notes = table(full, 80).split("\n\n")
+    assert len(blocks) > 1 and len({len(block.split("─\n")[1].splitlines()) for block in blocks}) == 1
+    assert all(word in blocks[0].splitlines()[0] for word in ("HS", "HS+", "refuses", "neither"))
+    assert max(map(len, narrow[: narrow.index("")])) <= 90 and table(full, 200).splitlines() == wide
+    intervals = [re.findall(r"\[\d+, \d+\]", text) for text in ("\n".join(blocks), "\n".join(wide))]
+    assert sorted(intervals[0]) == sorted(intervals[1])
 
 
 def test_table_of_nothing_and_of_a_part(build):

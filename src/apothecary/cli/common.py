@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,11 @@ def overrides(context: typer.Context) -> list[str]:
 def is_terminal() -> bool:
     """Whether pictures may be drawn: progress bars, tables, colours."""
     return sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
+
+
+def width() -> int | None:
+    """Characters of a line in the terminal; None where lines may have any length."""
+    return shutil.get_terminal_size().columns if is_terminal() else None
 
 
 def console() -> Console:

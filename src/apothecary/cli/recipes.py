@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from apothecary.cli.common import OVERRIDES, overrides, print_table, progress
+from apothecary.cli.common import OVERRIDES, overrides, print_table, progress, width
 
 if TYPE_CHECKING:
     from apothecary.pipeline.recipe import Recipe
@@ -75,7 +75,7 @@ def with_report(
 def finish(result: Any, report: bool) -> None:
     from apothecary.report.tables import table
 
-    print(f"\n{table(result.results)}\n")
+    print(f"\n{table(result.results, width())}\n")
     stages = result.results["stages"]
     print(f"stages: {len(stages)}, {sum(stage['cached'] for stage in stages)} of them cached")
     print(f"results: {result.folder / 'results.json'}")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from apothecary.cli.common import OVERRIDES, console, is_terminal, overrides, print_table
+
+if TYPE_CHECKING:
+    from apothecary.registry import Entry
 
 
 def add(app: typer.Typer) -> None:
@@ -49,8 +52,27 @@ def methods(
     if kind is not None and kind not in KINDS:
         raise ConfigError(f"unknown kind '{kind}'; {did_you_mean(kind, KINDS)}")
     chosen = [entry for entry in entries().values() if kind in (None, entry.kind)]
+    if is_terminal():
+        list_methods(chosen)
+        return
     rows = [[e.kind, e.name, f"arXiv {e.paper}" if e.paper else "", e.cost, e.summary] for e in chosen]
     print_table(["kind", "name", "paper", "cost", "summary"], rows)
+
+
+def list_methods(chosen: list[Entry]) -> None:
+    """One short paragraph for each method, under the heading of its kind."""
+    from rich.padding import Padding
+    from rich.text import Text
+
+    screen = console()
+    for kind in dict.fromkeys(entry.kind for entry in chosen):
+        screen.print(Text(kind, style="bold"))
+        for entry in (entry for entry in chosen if entry.kind == kind):
+            paper = f"  arXiv {entry.paper}" if entry.paper else ""
+            screen.print(Text.assemble("  ", (entry.name, "bold cyan"), (paper, "dim")))
+            for line in (entry.summary, f"Cost: {entry.cost}" if entry.cost else ""):
+                screen.print(Padding(Text(line, style="" if line == entry.summary else "dim"), (0, 0, 0, 4)))
+        screen.print()
 
 
 def inspect_data(

@@ -7,12 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
-from apothecary.cli.common import OVERRIDES, is_terminal, overrides
+from apothecary.cli.common import OVERRIDES, is_terminal, overrides, width
 
 MODEL = Annotated[str, typer.Option(help="lab, a hub id, a model's folder, or a folder that align or finetune wrote.")]
 DATA = Annotated[str, typer.Option(help="lab:NAME, a file (.jsonl .json .csv .tsv .parquet) or owner/name@revision.")]
 METHOD = Annotated[str, typer.Option(help="See `apothecary methods`; its settings are given as --name=value.")]
-SEED = Annotated[int, typer.Option(help="Every random choice follows from it.")]
+SEED = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Every random choice follows from it.")]
 FOLDER = Annotated[Path, typer.Option(help="New folder for the result.")]
 FILE = Annotated[Path, typer.Option(help="File for the rows (JSON lines); it is replaced.")]
 AUX = Annotated[str | None, typer.Option(help="Rows for methods that need them.", show_default=False)]
@@ -142,7 +142,8 @@ def evaluate(
     suites = {"harmful": harmful, "benign": benign, "overrefusal": overrefusal, "task": task}
     settings = {**options["settings"], **{name: rows for name, rows in suites.items() if rows}}
     results = single.evaluate(options["model"], out, {**settings, "judge": judge, "limit": limit})
-    print(f"{table(results)}\n\nresponses and scores: {out}\nas a page: apothecary report {out} --out page.html")
+    print(f"{table(results, width())}\n\nresponses and scores: {out}")
+    print(f"as a page: apothecary report {out} --out page.html")
 
 
 def _options(context: typer.Context, model: str | None, **data: str | None) -> dict[str, Any]:

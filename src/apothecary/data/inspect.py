@@ -167,7 +167,8 @@ def show(inspection: Inspection, console: Console, limit: int = 5) -> None:
     line(f"{count} rows, {sum(lengths)} tokens, {inspection.supervised} supervised, "
          f"{max(lengths, default=0)} in the longest row")  # fmt: skip
     for what, number_of in (("roles", inspection.roles), ("sources", inspection.sources)):
-        line(f"{what}: " + ", ".join(f"{_visible(name) or 'none'} {number}" for name, number in number_of.items()))
+        if any(number_of):
+            line(f"{what}: " + ", ".join(f"{_visible(name) or 'none'} {number}" for name, number in number_of.items()))
     if count:
         share = padding_share(lengths, plan(lengths, PADDING_BATCH, seed=0, epoch=0))
         line(f"padding: {share:.1%} of the tokens of length-grouped batches of {PADDING_BATCH} rows")
@@ -196,7 +197,7 @@ def _show_lengths(inspection: Inspection, line: Callable[[str], None], block: st
     most = max((count for _, _, count in inspection.histogram), default=0)
     for low, high, count in inspection.histogram:
         bar = block * max(round(40 * count / most), count > 0)
-        line(f"  {low:>6}-{high - 1:<6} {bar} {count}")
+        line(f"  {low:>6}{f'-{high - 1}' if high - low > 1 else '':<7} {bar} {count}")
 
 
 def _visible(text: str) -> str:

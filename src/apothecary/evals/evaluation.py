@@ -106,6 +106,8 @@ def _text(tokenizer: PreTrainedTokenizerBase, ids: Ids, skip_special_tokens: boo
 
 
 def _prompt(row: Row, tokenizer: PreTrainedTokenizerBase, longest: int) -> Ids:
+    if longest < 1:
+        raise ConfigError("max_new_tokens leaves no token of the model's context for a prompt; lower it")
     ids = render_prompt(row, tokenizer).ids
     if len(ids) > longest:
         raise DataError(

@@ -2,7 +2,8 @@
 
 Rule of thumb, right within a factor of several: a row has 64 tokens; training takes 6 floating-point operations per
 parameter and token, generating 2; a CPU does 5e10 of them in a second and a GPU 1e14.  Memory: the weights at their
-precision plus 16 bytes (weight, gradient, Adam's two moments in fp32) per trained parameter; activations not counted.
+precision plus 16 bytes (weight, gradient, Adam's two moments in fp32) per trained parameter, and on a CPU the loaded
+libraries; activations not counted.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from apothecary.pipeline.store import Store
 TOKENS_PER_ROW = 64
 CPU_FLOPS, GPU_FLOPS = 5e10, 1e14
 ROWS_SECONDS = 0.1  # a stage that works on rows alone
+LIBRARIES_MB = 500  # Python with torch and transformers, resident
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def _memory(config: Mapping[str, Any], parameters: int) -> float:
     else:  # a layer's square matrix of width d has d^2 weights and 2 r d in its adapter
         rank, width = build(LoraSettings, train["lora"]).rank, max(parameters / 150, 1) ** 0.5
         total = parameters * (weight + 16 * min(2 * rank / width, 1))
-    return total / 2**20
+    return total / 2**20 + (0 if _gpu(model) else LIBRARIES_MB)
 
 
 @cache

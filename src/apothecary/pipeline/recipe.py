@@ -252,6 +252,10 @@ def _check(recipe: Recipe) -> None:
     """What spans several sections: roles that methods need, adapters that fit, seeds."""
     if not recipe.seeds or len(set(recipe.seeds)) != len(recipe.seeds):
         raise ConfigError(f"'seeds' is {list(recipe.seeds)}, expected one or more different integers")
+    own = [section.seed for arm in (recipe.base, *recipe.arms) for section in arm.sections()]
+    for seed in (*recipe.seeds, *own):
+        if seed is not None and not 0 <= seed < 2**32:
+            raise ConfigError(f"a seed is {seed}, expected an integer from 0 to 4294967295; correct it in the recipe")
     for arm in (recipe.base, *recipe.arms):
         known = {role for section in arm.sections() for role in section.roles} | set(ROLES) - {"prompt"}
         for role in arm.data:

@@ -39,9 +39,13 @@ def load_result(folder: str | Path) -> Result:
     path = Path(folder)
     path = path / RESULTS if path.is_dir() else path
     try:
-        return Result(json.loads(path.read_text("utf-8")), path.parent)
+        found = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise StoreError(f"{path} cannot be read as results ({error}); give the folder of a finished run") from error
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        raise StoreError(f"{path} cannot be read as results ({reason}); give the folder of a finished run") from error
+    if not isinstance(found, dict) or not isinstance(found.get("models"), list):
+        raise StoreError(f"{path} is not the results.json of a run (it lists no models); give the folder of a run")
+    return Result(found, path.parent)
 
 
 def collect(plan: Plan, executor: Executor, out: Path, done: list[Planned]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from apothecary.config import build, to_dict
 from apothecary.data.mixing import composition
 from apothecary.data.rows import Row, digest
 from apothecary.data.sources import DataSource, load_rows
-from apothecary.errors import ConfigError
+from apothecary.errors import ConfigError, StoreError
 from apothecary.models.settings import ModelConfig
 from apothecary.pipeline import fingerprint, measure
 from apothecary.pipeline.model_folder import Chained, new_folder, read_model, scratch_folder, without_places
@@ -70,6 +70,7 @@ def curate(
     from apothecary.curate.keep import keep as choose
 
     selector, chain = _method("curate", method, settings), read_model(model)
+    _refuse_folder(Path(out))
     rows = load_rows(data, "align")
     extra = _aux(selector, aux)
     clock = _Clock()
@@ -86,6 +87,7 @@ def attack(
 ) -> dict[str, Any]:
     """Write the rows that a customer uploads, some harmful, to the file `out`; `data` by role: customer, attack."""
     attacker = _method("attack", method, settings)
+    _refuse_folder(Path(out))
     given = _aux(attacker, data)
     clock = _Clock()
     rows = attacker.rows(given, seed)
@@ -323,6 +325,12 @@ def _all_described(sources: Sources, rows: Mapping[str, Sequence[Row]]) -> dict[
 
 def _beside(rows: Path) -> Path:
     return rows.with_name(f"{rows.name}.manifest.json")
+
+
+def _refuse_folder(out: Path) -> None:
+    """A folder cannot be replaced by a file of rows; told before the work."""
+    if out.is_dir():
+        raise StoreError(f"{out} is a folder, expected the name of a file; for example {out / 'rows.jsonl'}")
 
 
 def _write_rows(out: Path, rows: Sequence[Row], manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from apothecary.report.summary import Estimate, Group, Summary, summarise
 from apothecary.report.text import NOTHING, bounds, number, ratio, shorten
 
 NAME_WIDTH = 28
+NARROW, NARROW_NAME = 100, 22  # below so many characters names are cut to so many
 MEASURES = {  # what the cheap proxies among the judges look at
     "opening": "it looks at how a response begins and measures compliance, not harm",
     "refusal": "it looks at how a response begins and measures whether it refuses, not harm",
@@ -76,8 +77,11 @@ def group_seconds(group: Group, costs: dict[str, float]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def table(results: dict[str, Any]) -> str:
-    """Plain text for the terminal: one line for each arm and p, scores in percent with 95 % intervals."""
+def table(results: dict[str, Any], width: int | None = None) -> str:
+    """Plain text for the terminal: one line for each arm and p, scores in percent with 95 % intervals.
+
+    A table of more than `width` characters is split; the shares of answers to harmful prompts stay side by side.
+    """
     view = summarise(results)
     if not view.groups:
         return "No model has been evaluated yet."
@@ -91,9 +95,24 @@ def table(results: dict[str, Any]) -> str:
         spent = group_seconds(group, costs)
         cost = [NOTHING if spent is None else f"{spent:.0f}"] if costs else []
         p = NOTHING if group.p is None else ratio(group.p)
-        lines.append([shorten(group.label, NAME_WIDTH), p, *cells, *cost])
+        name = shorten(group.label, NARROW_NAME if width and width < NARROW else NAME_WIDTH)
+        lines.append([name, p, *cells, *cost])
     notes = f"Percent [95 % interval].  ↓ lower is better, ↑ higher is better.\n{proxy_note(view)}"
-    return f"{_aligned(lines)}\n\n{notes}"
+    together = sum(column.suite == "harmful" for column in columns)
+    return "\n\n".join([*map(_aligned, _split_lines(lines, together, width)), notes])
+
+
+def _split_lines(lines: list[list[str]], together: int, width: int | None) -> list[list[list[str]]]:
+    """The lines in blocks that each begin with name and p; the first `together` scores are in one of them."""
+    sizes = [max(len(line[i]) for line in lines) + 2 for i in range(len(lines[0]))]
+    blocks, used = [[0, 1]], sum(sizes[:2]) - 2
+    for i in range(2, len(sizes)):
+        if width and used + sizes[i] > width and i >= 2 + max(together, 1):
+            blocks.append([0, 1])
+            used = sum(sizes[:2]) - 2
+        blocks[-1].append(i)
+        used += sizes[i]
+    return [[[line[i] for i in block] for line in lines] for block in blocks]
 
 
 def _split(title: str) -> tuple[str, str]:
@@ -112,4 +131,5 @@ def _aligned(lines: list[list[str]]) -> str:
     for name, *cells in lines:
         padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
         rows.append("  ".join([name.ljust(widths[0]), *padded]).rstrip())
-    return "\n".join([*rows[:2], "─" * len(rows[1]), *rows[2:]])
+    heading = [row for row in rows[:2] if row]  # no column of a block may have a second word
+    return "\n".join([*heading, "─" * len(rows[1]), *rows[2:]])

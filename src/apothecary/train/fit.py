@@ -171,5 +171,14 @@ def _refuse_layout(args: TrainingArguments, method: TrainingMethod, model: Any) 
                             f"launch it as {' or '.join(method.needs.layouts)}")  # fmt: skip
 
 
+class _Bar(transformers.trainer_callback.ProgressCallback):
+    """The library's bar with the loss at its end, in place of a dictionary for each logged step."""
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
+        bar: Any = self.training_bar
+        if bar is not None and logs and "loss" in logs:
+            bar.set_postfix(loss=f"{logs['loss']:.3f}")
+
+
 def _progress(bench: Workbench) -> list[TrainerCallback]:
-    return [transformers.trainer_callback.ProgressCallback()] if bench.progress else []
+    return [_Bar()] if bench.progress else []
