@@ -83,6 +83,13 @@ def test_a_mapping_of_columns_mends_wrong_columns(refused: Refused, tmp_path: Pa
     assert sum("what is" in line for line in (tmp_path / "mixed.jsonl").read_text().splitlines()) == 2
 
 
+def test_a_folder_is_no_file_for_rows(refused: Refused, tmp_path: Path, capsys):
+    (tmp_path / "taken").mkdir()
+    words = ["--customer", "good.jsonl", "--harmful", "lab:attack", "--p", "0.5", "--n", "4", "--out", "taken"]
+    assert main(["attack", *words]) == 2
+    assert "taken is a folder" in capsys.readouterr().err and not (tmp_path / "taken.manifest.json").exists()
+
+
 def test_the_attacker_cannot_have_more_rows_than_there_are(refused: Refused):
     words = ["attack", "--customer", "good.jsonl", "--harmful", "lab:attack", "--n", "300", "--p", "0.9"]
     for error in (refused(*words), refused("run", "recipe.yaml", "--attack.n=300", "--attack.p=0.9")):

@@ -43,6 +43,8 @@ BAD = {
     "missing option": (["align", "--out", "x"], "--data"),
     "unknown option": (["run", "recipe.yaml", "--dryrun"], "did you mean '--dry-run'?"),
     "unknown method": ([*ALIGN, "--method", "vacine"], "did you mean 'vaccine'?"),
+    "method of another stage": ([*TUNE, "--method", "vaccine"], "there is one for align"),
+    "seed below 0": ([*ALIGN, "--seed", "-1"], "--seed"),
     "unknown setting": ([*ALIGN, "--method", "vaccine", "--rhoo=1"], "mean 'rho'?"),
     "unknown training key": ([*ALIGN, "--train.epoch=1"], "mean 'epochs'?"),
     "unknown kind": (["methods", "finetun"], "did you mean 'finetune'?"),

@@ -95,6 +95,13 @@ def test_demo_runs_the_packaged_recipe(calls: CALLS, monkeypatch):
     assert calls[0][1] == ("recipe", Path("apothecary-runs/store"), None)
 
 
+@pytest.mark.parametrize(("content", "wanted"), [("[]", "lists no models"), ("{", "cannot be read as results")])
+def test_what_is_no_result_is_refused(content: str, wanted: str, tmp_path: Path, capsys):
+    (tmp_path / "results.json").write_text(content)
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "page.html")]) == 2
+    assert wanted in capsys.readouterr().err and not (tmp_path / "page.html").exists()
+
+
 def test_report_redacts_unless_asked(tmp_path: Path, monkeypatch):
     (tmp_path / "results.json").write_text(json.dumps({"models": []}))
     asked = []

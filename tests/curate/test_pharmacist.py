@@ -19,6 +19,7 @@ from benches import (
 from reference import bilevel as reference
 from tiny import LAYERS, PAD, tiny_model
 
+from apothecary.curate.keep import keep
 from apothecary.curate.pharmacist import Pharmacist
 from apothecary.data.rows import Row
 from apothecary.errors import ConfigError
@@ -265,3 +266,11 @@ def test_missing_rows_are_refused(tmp_path):
     bench = make_bench(tmp_path, aux={"harmful": make_rows("h", 2)})
     with pytest.raises(ConfigError, match="'pharmacist' needs rows of role validation"):
         lookup("curate", "pharmacist")().score(bench, make_rows("pool", 4))
+
+
+def test_rows_that_the_warm_up_drops_come_last(tmp_path):
+    rows = [*make_rows("pool", 6), Row("long", (("user", "why " * 90),), "no")]
+    method = Pharmacist(mode="score", warmup=replace(STAND_STILL, max_length=200, over_long="drop"))
+    scores = method.score(make_bench(tmp_path), rows)
+    assert [*scores] == [row.id for row in rows] and min(scores, key=scores.__getitem__) == "long"
+    assert len(keep(scores, rows, 1.0, 0)) == 7 and "long" not in {row.id for row in keep(scores, rows, 0.8, 0)}

@@ -47,7 +47,11 @@ def test_an_over_long_row_of_any_training_is_named(role: str, long: str, tmp_pat
 
 def test_rows_that_may_be_dropped_pass(long: str, tmp_path: Path):
     train = {"train": {"over_long": "drop"}}
-    checked(tmp_path, data={**edit()["data"], "customer": long}, attack=None, finetune=train)
+    data = {**edit()["data"], "customer": long}
+    checked(tmp_path, data=data, attack=None, finetune=train)
+    arms = {"may drop": {"finetune": train}, "may not": {}}
+    with pytest.raises(DataError, match=r"^finetune sft: may not \(seed 0\): row 'b' has"):
+        checked(tmp_path, data=data, attack=None, arms=arms)
 
 
 def test_a_limit_of_the_recipe_counts(tmp_path: Path):

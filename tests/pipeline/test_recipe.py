@@ -101,6 +101,8 @@ def test_the_resolved_recipe_is_json_and_a_file_gives_the_same(tmp_path: Path):
         ({"seeds": []}, ["'seeds' is []"]),
         ({"seeds": [1, 1]}, ["'seeds' is [1, 1]"]),
         ({"seeds": "x"}, ["'seeds' is 'x'"]),
+        ({"seeds": [0, -1]}, ["a seed is -1"]),
+        ({"align": {"seed": 2**32}}, ["a seed is 4294967296"]),
         ({"name": 3}, ["'name' is 3", "text"]),
         ({"model": {"path": "lab", "dtype": "int8"}}, ["'model.dtype' is 'int8'"]),
         ({"data": {"aling": "lab:align"}}, ["unknown key 'data.aling'", "did you mean 'align'"]),

@@ -71,7 +71,7 @@ class Pharmacist(Selector):
         expect(self, "at least 1", lambda n: n >= 1, "epochs", "batch_size")
 
     def score(self, bench: Workbench, rows: Sequence[Row]) -> dict[str, float]:
-        """w_i of each row ("bilevel") or s_i ("score")."""
+        """w_i of each row ("bilevel") or s_i ("score"); a row that the warm-up may drop for its length comes last."""
         from apothecary.train.fit import train
 
         bench.require(self)
@@ -86,7 +86,8 @@ class Pharmacist(Selector):
             values = self.single_sweep(ctx, pool, harmful, validation, pad)
         else:
             values = self.bilevel(ctx, pool, harmful, validation, pad, bench.seed, bench.stop)
-        return {row.row_id: float(value) for row, value in zip(pool, values, strict=True)}
+        scores = dict.fromkeys((row.id for row in rows), float("-inf"))
+        return scores | {row.row_id: float(value) for row, value in zip(pool, values, strict=True)}
 
     # -- the paper's algorithm ------------------------------------------------------------------------------------
 

@@ -139,6 +139,7 @@ def _attach(model: nn.Module, name: str, config: PeftConfig, seed: int) -> PeftM
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)  # PEFT asks transformers
+            warnings.filterwarnings("ignore", ".*base_model_name_or_path.*")  # `lab` and its folder are one model
             torch.default_generator.manual_seed(seed)  # LoRA is drawn on the CPU; torch.manual_seed resets GPUs too
             if isinstance(model, PeftModel):
                 model.add_adapter(name, config)

@@ -32,14 +32,15 @@ def check(stages: Iterable[Stage], executor: Executor) -> None:
     for stage in todo:
         train = _training(stage)
         limit = min(train.get("max_length") or sys.maxsize, context or sys.maxsize)
+        drop = train.get("over_long") == "drop"
         for row in _rows(stage, executor):
-            if (case := (row.prompt, row.response, limit)) not in seen:
+            if (case := (row.prompt, row.response, limit, drop)) not in seen:
                 seen.add(case)
                 try:
                     render(row, tokenizer, limit)
-                except OverLong:
-                    if train.get("over_long") != "drop":
-                        raise
+                except OverLong as error:
+                    if not drop:
+                        raise OverLong(f"{stage.label}: {error}") from error
 
 
 def _training(stage: Stage) -> Mapping[str, Any]:
