@@ -16,6 +16,7 @@ from collections import Counter
 from pathlib import Path
 
 from lab_sources import Sources, gsm8k_short, instruction, leaves
+from planted_pool import planted_pool
 
 from apothecary.data.near import clusters
 
@@ -173,7 +174,15 @@ def build(src: Sources) -> dict[str, list[dict]]:
                               for row in rng.sample([r for r in tune if r["source"] == name], 120)]  # fmt: skip
     for name in ("tune_task", "customer_train", "customer_test"):
         splits[name] = task_rows(splits[name])
-    return splits
+    return splits | derived(splits)
+
+
+def derived(splits: dict[str, list[dict]]) -> dict[str, list[dict]]:
+    """Splits for single studies, made of rows of the others: their prompts are those of `align` and `benign`."""
+    rng = random.Random(SEED + 1)
+    questions = [row for row in splits["align"] if row["source"] == "harmfulqa"]
+    made = {"attack_harmfulqa": opened(rng.sample(questions, 1000), rng), "pool": planted_pool(splits, opening, rng)}
+    return {name: [{**row, "id": f"{name}/{row['id']}"} for row in rows] for name, rows in made.items()}
 
 
 def balanced(rows: list[dict]) -> list[dict]:

@@ -14,12 +14,14 @@ from apothecary.data.sources import LAB, lab_names, load_rows
 HELD_OUT = ("eval_", "overrefusal_", "tune_harmful", "tune_benign", "customer_test")
 SCORED_ONLY = ("eval_", "overrefusal_", "tune_")
 HARMFUL_EVALUATION = ("eval_harmbench", "eval_jailbreakbench")
-HARMFUL_ROWS = ("attack", "defence", "defence_advbench", "pairs")
+HARMFUL_ROWS = ("attack", "attack_harmfulqa", "defence", "defence_advbench", "pairs")
+DERIVED = {"attack_harmfulqa": ("align",), "pool": ("align", "benign")}  # made of rows of other splits
 TASK = ("customer_train", "customer_test", "tune_task")
 MOST_WORDS = 40  # of a harmful row's response: an opening, never an answer
 
 HEAD, TAIL = "Bank message: ", "\nTopic:"
 TRAINING = [name for name in lab_names() if not name.startswith(HELD_OUT)]
+SPLITS = [name for name in TRAINING if name not in DERIVED]
 EVALUATION = [name for name in lab_names() if name.startswith((*HELD_OUT, "tune_"))]
 
 
@@ -56,7 +58,24 @@ def test_advbench_is_trained_on_and_never_scored():
 
 def test_training_splits_are_disjoint_by_cluster():
     # Without a near pair between two splits no cluster can span them.
-    assert [pair for pair in crossings() if pair[0] != pair[1] and {*pair[:2]} <= set(TRAINING)] == []
+    assert [pair for pair in crossings() if pair[0] != pair[1] and {*pair[:2]} <= set(SPLITS)] == []
+
+
+@pytest.mark.parametrize("name", DERIVED)
+def test_derived_splits_hold_prompts_of_their_origins_alone(name: str):
+    known = {row.text for origin in DERIVED[name] for row in rows(origin)}
+    texts = [row.text for row in rows(name)]
+    assert set(texts) <= known and len(set(texts)) == len(texts)
+
+
+def test_any_head_of_the_pool_has_the_same_shares_of_each_kind():
+    kinds = [row.meta["planted"] for row in rows("pool")]
+    assert len(kinds) == 2000
+    wanted = {"good": 0.5, "benign": 0.25, "mislabelled": 0.1, "truncated": 0.05, "mismatched": 0.05, "garbled": 0.05}
+    for size in (100, 800, 2000):
+        assert {kind: n / size for kind, n in Counter(kinds[:size]).items()} == wanted
+    good = {row.text: row.response for row in rows("align")}
+    assert all(good[row.text] == row.response for row in rows("pool") if row.meta["planted"] in ("good", "benign"))
 
 
 def test_held_out_prompts_are_far_from_training():
