@@ -32,7 +32,8 @@ def planted_pool(splits: dict[str, list[dict]], opening: Callable[[str, random.R
     }
     rows = []
     for _ in range(BLOCKS):
-        block = [{**next(kinds[kind]), "meta": {"planted": kind}} for kind, count in BLOCK.items() for _ in range(count)]
+        chosen = [kind for kind, count in BLOCK.items() for _ in range(count)]
+        block = [{**next(kinds[kind]), "meta": {"planted": kind}} for kind in chosen]
         rng.shuffle(block)
         rows += block
     return rows
