@@ -26,6 +26,12 @@ def make_rows(tag: str, n: int) -> list[Row]:
             for i in range(n)]  # fmt: skip
 
 
+def make_pairs(n: int) -> list[Row]:
+    """Rows of role `pairs`: refusals that are now shorter, now longer than the rejected opening."""
+    return [Row(f"pair{i}", (("user", f"plan {i} {'why ' * (i % 3)}"),), f"No{', not that' * (i % 2)}.",
+                rejected=f"Sure: {i}{'!' * (i % 3)}") for i in range(n)]  # fmt: skip
+
+
 def float64_model(seed: int = 0) -> nn.Module:
     """GPT-2 with eager attention: the family whose forward stays in float64 throughout."""
     return tiny_model("gpt2", seed, torch.float64, attn_implementation="eager")

@@ -6,8 +6,14 @@ import os
 
 import pytest
 
+pytest_plugins = ["fidelity.badge"]
+
 for name, value in {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}.items():
     os.environ.setdefault(name, value)  # before anything imports torch or the hub's client
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-trajectories", action="store_true", help="store what train/test_trajectories.py computes")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import torch
-from benches import Recorder, float64_model, make_bench, make_rows, snapshot
+from benches import float64_model, make_bench, make_rows, snapshot
+from cases import CASES, Case, Seeded
 from safetensors.torch import save_file
 
 from apothecary.align.sft import Sft
-from apothecary.align.vaccine import Vaccine
 from apothecary.errors import TrainingError
 from apothecary.finetune.security_vectors import VectorTraining
 from apothecary.train.config import TrainConfig
@@ -20,7 +20,7 @@ from apothecary.train.fit import train
 from apothecary.train.method import Needs, TrainingMethod
 
 _BASE = {"max_steps": 3, "batch_size": 8, "learning_rate": 1e-2, "warmup_ratio": 0.0, "save_every": 0, "log_every": 1,
-         "aux_batch_size": 3, "parameters": "full"}  # fmt: skip
+         "aux_batch_size": 3, "accumulation": 2}  # fmt: skip
 
 
 class OneLayer(TrainingMethod):
@@ -50,16 +50,14 @@ class Probing(TrainingMethod):
         return loss
 
 
-CASES = {  # method, training settings
-    "sft": (Sft(), {}),
-    "accumulation": (Sft(), {"accumulation": 2}),
-    "sample_mean": (Sft(), {"reduction": "sample_mean", "accumulation": 2}),
-    "vaccine": (Vaccine(norm_scope="sample"), {"accumulation": 2}),
-    "vectors": (VectorTraining(lamb=1.0, target_nll=0.0), {"parameters": "lora", "accumulation": 2}),
-    "converged": (VectorTraining(lamb=0.0, target_nll=4.0), {"parameters": "lora", "max_steps": 30}),
-    "one layer": (OneLayer(), {"weight_decay": 0.5}),
-    "probing": (Probing(), {}),
+EXTRA = {
+    "one micro-batch": Case("", Sft, settings={"accumulation": 1}),
+    "sample_mean": Case("", Sft, settings={"reduction": "sample_mean"}),
+    "converged": Case("", lambda: VectorTraining(lamb=0.0, target_nll=4.0), "lora", settings={"max_steps": 30}),
+    "one layer": Case("", OneLayer, settings={"weight_decay": 0.5}),
+    "probing": Case("", Probing, settings={"accumulation": 1}),
 }
+ALL = {name: case for name, case in CASES.items() if "two_processes" in case.tests} | EXTRA
 
 
 class SingleOnly(TrainingMethod):
@@ -67,12 +65,18 @@ class SingleOnly(TrainingMethod):
     needs = Needs(layouts=("single",))
 
 
-def run(case: str, folder: Path) -> None:
-    """Final weights, logged values and history of a case, written into `folder`."""
-    method, changes = CASES[case]
-    recorder = Recorder(method, to_float64=True)
-    bench = make_bench(folder / "bench", float64_model())
-    result = train(bench, recorder, make_rows("row", 12), TrainConfig(**(_BASE | changes)))
+def run(name: str, folder: Path) -> None:
+    """Final weights, logged values and history of a case, written into `folder`.
+
+    A method that is defined on a micro-batch gets the same micro-batches on one process as on two.
+    """
+    case, processes = ALL[name], int(os.environ.get("WORLD_SIZE", "1"))
+    settings = _BASE | {"parameters": case.parameters, **case.settings}
+    if not case.linear:
+        settings["accumulation"] *= 2 // processes
+    recorder = Seeded(case.make())
+    bench = case.bench(folder / "bench", float64_model)
+    result = train(bench, recorder, make_rows("row", 12), TrainConfig(**settings))
     if result.metrics["rank"] == 0:
         save_file({n: p.contiguous() for n, p in snapshot(bench.loaded.model).items() if "lm_head" not in n},
                   folder / "weights.safetensors")  # fmt: skip
@@ -87,13 +91,18 @@ def main(root: Path) -> None:
         train(make_bench(root / "refused"), SingleOnly(), make_rows("row", 4), TrainConfig(max_steps=1))
     except TrainingError as error:
         (root / f"refused-{rank}.txt").write_text(str(error))
-    for case in CASES:
-        folder = root / case
+    for name in ALL:
+        folder = root / name
         folder.mkdir(exist_ok=True)
-        run(case, folder)
-    torch.distributed.destroy_process_group()
+        run(name, folder)
+    torch.distributed.barrier()
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(Path(sys.argv[1]))
+    # gloo's threads release tensors after the last collective; one that asks for the interpreter's lock while Python
+    # shuts down is killed inside a destructor and aborts the process.  So nothing is torn down after success.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

@@ -7,6 +7,7 @@ point of group `apothecary.plugins` names (entry point name `kind.name`, value `
 from __future__ import annotations
 
 import ast
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from typing import TypeVar
 from apothecary.errors import ConfigError, did_you_mean
 
 KINDS = ("curate", "align", "finetune", "repair", "attack", "judge")
+EVIDENCE = ("definition", "reference", "finite_difference", "accumulation", "resume", "two_processes")
+FIDELITY = Path(__file__).parent / "fidelity.json"  # method -> evidence that passes; written by the test run
+UNREFERENCED = ("attack", "judge")  # rules about rows and words, without maths that a second implementation could check
 T = TypeVar("T", bound=type)
 _classes: dict[tuple[str, str], type] = {}
 
@@ -33,6 +37,16 @@ class Entry:
     paper: str | None = None  # arXiv id
     summary: str = ""  # first sentence of the module's docstring
     cost: str = ""  # its "Cost:" line
+    evidence: tuple[str, ...] | None = None  # kinds of tests that pass; None: not ours to test
+
+    @property
+    def status(self) -> str:
+        """The fidelity badge in words."""
+        if self.evidence is None:
+            return "not tested here"
+        words = [kind.replace("_", " ") for kind in self.evidence]
+        lacking = [] if "reference" in self.evidence or self.kind in UNREFERENCED else ["no reference test"]
+        return ", ".join(words + lacking) or "untested"
 
 
 def register(kind: str, name: str, paper: str | None = None) -> Callable[[T], T]:
@@ -57,25 +71,28 @@ def _decorations(tree: ast.Module) -> list[tuple[str, str, str | None]]:
     return found
 
 
-def _read(module: str, source: str) -> list[Entry]:
+def _read(module: str, source: str, evidence: dict[str, list[str]]) -> list[Entry]:
     tree = ast.parse(source)
     doc = ast.get_docstring(tree) or ""
     summary = re.split(r"(?<=[.])\s+(?=[A-Z])", " ".join(doc.split("\n\n")[0].split()))[0]
     cost = re.search(r"^Cost: (.+?)(?:\n\n|\Z)", doc, re.M | re.S)
     return [
-        Entry(kind, name, module, paper, summary, " ".join(cost[1].split()) if cost else "")
+        Entry(kind, name, module, paper, summary, " ".join(cost[1].split()) if cost else "",
+              tuple(evidence.get(f"{kind}/{name}", ())))
         for kind, name, paper in _decorations(tree)
-    ]
+    ]  # fmt: skip
 
 
 @cache
 def entries() -> dict[tuple[str, str], Entry]:
     """Every method by (kind, name): those of the package and of installed plugins."""
     found = {}
+    evidence = json.loads(FIDELITY.read_text("utf-8"))
     for kind in KINDS:
         for path in sorted((Path(__file__).parent / kind).glob("*.py")):
             module = f"apothecary.{kind}" + ("" if path.stem == "__init__" else f".{path.stem}")
-            found.update({(entry.kind, entry.name): entry for entry in _read(module, path.read_text("utf-8"))})
+            for entry in _read(module, path.read_text("utf-8"), evidence):
+                found[entry.kind, entry.name] = entry
     for point in entry_points(group="apothecary.plugins"):
         kind, _, name = point.name.partition(".")
         found[kind, name] = Entry(kind, name, point.value, summary="plugin")

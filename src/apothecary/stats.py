@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import NormalDist, fmean, stdev
 from typing import NamedTuple
 
@@ -114,3 +114,33 @@ def mcnemar(a: Sequence[bool | int], b: Sequence[bool | int]) -> float:
     n = only_a + only_b
     tail = sum(math.comb(n, k) for k in range(min(only_a, only_b) + 1))
     return min(1.0, 2 * tail / 2**n)
+
+
+def auc(positive: Sequence[float], negative: Sequence[float]) -> float:
+    """The area under the ROC curve: how often a positive outranks a negative, ties counting one half.
+
+    Infinite scores have their place in the order.  Raises ValueError where either side is empty or a score is NaN.
+    """
+    from scipy.stats import rankdata
+
+    if not positive or not negative:
+        raise ValueError(f"got {len(positive)} positives and {len(negative)} negatives, expected some of both")
+    ranks = rankdata([*positive, *negative], nan_policy="raise")
+    n = len(positive)
+    return float((ranks[:n].sum() - n * (n + 1) / 2) / (n * len(negative)))
+
+
+def rank_correlation(a: Mapping[str, float], b: Mapping[str, float]) -> float:
+    """Spearman's correlation of two rankings of the same rows, by id; NaN where one of them tells no rows apart.
+
+    Infinite scores have their place in the order.  Raises ValueError where the ids differ or a score is NaN.
+    """
+    import numpy as np
+    from scipy.stats import rankdata
+
+    if a.keys() != b.keys() or len(a) < 2:
+        raise ValueError(f"got rankings of {len(a)} and {len(b)} rows, expected the same rows, two or more")
+    ranks = [rankdata([scores[name] for name in a], nan_policy="raise") for scores in (a, b)]
+    if any(np.ptp(each) == 0 for each in ranks):
+        return float("nan")
+    return float(np.corrcoef(ranks)[0, 1])

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
-from benches import furthest, make_batch, make_bench, make_context, make_rows
+from benches import (
+    Recorder,
+    float64_model,
+    furthest,
+    make_batch,
+    make_bench,
+    make_context,
+    make_rows,
+    snapshot,
+)
+from reference import sft as reference
 from safetensors.torch import load_file
+from tiny import LAYERS
 
 from apothecary.align.sft import Sft
 from apothecary.data.chat import IGNORE
@@ -12,9 +24,16 @@ from apothecary.data.rows import Row
 from apothecary.finetune.sft import Sft as CustomerSft
 from apothecary.registry import lookup
 from apothecary.train.config import TrainConfig
-from apothecary.train.fit import fit
+from apothecary.train.fit import fit, train
+
+BOTH = [
+    pytest.param(Sft, id="align", marks=pytest.mark.evidence("align/sft", "reference")),
+    pytest.param(CustomerSft, id="finetune", marks=pytest.mark.evidence("finetune/sft", "reference")),
+]
 
 
+@pytest.mark.evidence("align/sft", "definition")
+@pytest.mark.evidence("finetune/sft", "definition")
 def test_prompt_and_padding_carry_no_gradient(tmp_path):
     """The loss reads the logits that predict the response and its eos, and no others."""
     bench = make_bench(tmp_path)
@@ -31,6 +50,23 @@ def test_prompt_and_padding_carry_no_gradient(tmp_path):
     torch.testing.assert_close(ctx.loss(batch), losses)
 
 
+@pytest.mark.parametrize("make", BOTH)
+def test_two_steps_equal_the_reference(tmp_path, make):
+    model = float64_model()
+    before = {name: p for name, p in snapshot(model).items() if name != "lm_head.weight"}
+    recorder = Recorder(make())
+    config = TrainConfig(max_steps=2, batch_size=4, learning_rate=1e-2, schedule="constant", warmup_ratio=0.0,
+                         parameters="full", max_grad_norm=0.0, save_every=0)  # fmt: skip
+    bench = make_bench(tmp_path, model)
+    train(bench, recorder, make_rows("row", 8), config)
+    batches = [(b.input_ids, b.attention_mask, b.labels) for (b,) in recorder.batches]
+    expected = reference.train(before, batches, (LAYERS, 4), 1e-2)
+    after = {name: p for name, p in snapshot(bench.loaded.model).items() if name in expected}
+    assert furthest(after, expected) < 1e-9 and furthest(after, before) > 1e-3
+
+
+@pytest.mark.evidence("align/sft", "definition")
+@pytest.mark.evidence("finetune/sft", "definition")
 def test_the_step_is_the_gradient_of_the_mean_token_loss(tmp_path):
     bench = make_bench(tmp_path)
     ctx, batch = make_context(bench), make_batch(bench, make_rows("row", 4))

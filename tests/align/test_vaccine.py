@@ -40,6 +40,7 @@ def gradient(ctx, method, batch):
 
 
 @pytest.mark.parametrize("rho", [0.1, 2.0, 50.0])
+@pytest.mark.evidence("align/vaccine", "definition")
 def test_the_perturbation_has_norm_rho(tmp_path, rho):
     ctx, batch = scene(tmp_path)
     grads = ctx.hidden_grads(batch)
@@ -53,6 +54,7 @@ def test_the_perturbation_has_norm_rho(tmp_path, rho):
     assert all(e[batch.attention_mask == 0].abs().max() == 0 for e in eps.values()), "pads take no budget"
 
 
+@pytest.mark.evidence("align/vaccine", "definition")
 def test_without_gradient_there_is_no_perturbation():
     zeros = {0: torch.zeros(2, 3, 4), 1: torch.zeros(2, 3, 4)}
     for scope in ("batch", "sample"):
@@ -60,6 +62,7 @@ def test_without_gradient_there_is_no_perturbation():
 
 
 @pytest.mark.parametrize("scope", ["batch", "sample"])
+@pytest.mark.evidence("align/vaccine", "definition")
 def test_rho_zero_is_sft_to_the_bit_under_dropout(tmp_path, scope):
     model = add_adapter(tiny_model("llama"), "trained", LoraSettings(dropout=0.5), 0).train()
     ctx, batch = scene(tmp_path, model)
@@ -71,6 +74,7 @@ def test_rho_zero_is_sft_to_the_bit_under_dropout(tmp_path, scope):
 
 
 @pytest.mark.parametrize("scope", ["batch", "sample"])
+@pytest.mark.evidence("align/vaccine", "definition", "finite_difference")
 def test_the_perturbed_loss_rises_by_rho_times_the_norm(tmp_path, scope):
     """First order: moving rho along the gradient raises the loss by rho * |g| (the sum of the rows' norms)."""
     ctx, batch = scene(tmp_path, float64_model())
@@ -110,6 +114,7 @@ def test_accumulation_adds_independent_steps(tmp_path, scope):
 
 
 @pytest.mark.parametrize("scope", ["batch", "sample"])
+@pytest.mark.evidence("align/vaccine", "reference")
 def test_two_steps_equal_the_reference(tmp_path, scope):
     model = float64_model()
     before = {name: p for name, p in snapshot(model).items() if name != "lm_head.weight"}

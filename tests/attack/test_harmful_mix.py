@@ -28,12 +28,14 @@ def of(rows, role):
 
 @pytest.mark.parametrize("n", [1, 10, 37, 100])
 @pytest.mark.parametrize("p", [0.0, 0.05, 0.1, 0.25, 1 / 3, 0.5])
+@pytest.mark.evidence("attack/harmful_mix", "definition")
 def test_the_number_of_harmful_rows_is_exact(p, n):
     rows = mixed(p=p, n=n)
     assert len(rows) == n == len({row.id for row in rows})
     assert len(of(rows, "attack")) == round(p * n) and len(of(rows, "customer")) == n - round(p * n)
 
 
+@pytest.mark.evidence("attack/harmful_mix", "definition")
 def test_rows_of_a_smaller_p_are_among_those_of_a_larger_one():
     runs = [mixed(p=p, n=100, general=10) for p in (0.0, 0.05, 0.1, 0.3, 0.6)]
     for less, more in pairwise(runs):
@@ -52,6 +54,7 @@ def test_seeds_choose_and_shuffle():
 @pytest.mark.parametrize(("p", "n", "general", "expected"), [
     (0.1, 50, 20, 20), (0.1, 50, 0, 0), (0.5, 20, 15, 10), (1.0, 20, 15, 0),
 ])  # fmt: skip
+@pytest.mark.evidence("attack/harmful_mix", "definition")
 def test_general_rows_take_the_place_of_harmless_ones(p, n, general, expected):
     rows = mixed(p=p, n=n, general=general)
     assert len(rows) == n and len(of(rows, "attack")) == round(p * n)

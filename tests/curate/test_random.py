@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from benches import make_rows
 
 from apothecary.curate.keep import keep
@@ -16,6 +17,7 @@ def score(rows, seed):
     return Random().score(Workbench(None, {}, seed, None), rows)  # type: ignore[arg-type]
 
 
+@pytest.mark.evidence("curate/random", "definition")
 def test_a_permuted_pool_gives_the_same_subset():
     scores = score(ROWS, 0)
     assert score(ROWS[::-1], 0) == scores and score(ROWS[:5], 0) == {row.id: scores[row.id] for row in ROWS[:5]}
@@ -23,6 +25,7 @@ def test_a_permuted_pool_gives_the_same_subset():
     assert {row.id for row in kept} == {row.id for row in again} and len(kept) == 100
 
 
+@pytest.mark.evidence("curate/random", "definition")
 def test_seeds_differ_and_scores_are_uniform():
     scores, others = score(ROWS, 0), score(ROWS, 1)
     assert len(set(scores.values())) == 400 and all(scores[key] != others[key] for key in scores)

@@ -9,7 +9,11 @@ LABELS = ["complies", "refuses", "neither", "neither", "refuses"]
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"), [("opening", [1.0, 0.0, 0.0, 0.0, 0.0]), ("refusal", [1.0, 0.0, 1.0, 1.0, 0.0])]
+    ("name", "expected"),
+    [
+        pytest.param("opening", [1.0, 0.0, 0.0, 0.0, 0.0], marks=pytest.mark.evidence("judge/opening", "definition")),
+        pytest.param("refusal", [1.0, 0.0, 1.0, 1.0, 0.0], marks=pytest.mark.evidence("judge/refusal", "definition")),
+    ],
 )
 def test_probabilities_and_labels(name: str, expected: list[float]) -> None:
     judge = lookup("judge", name)()

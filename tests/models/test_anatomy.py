@@ -1,10 +1,19 @@
 import pytest
-from tiny import FAMILIES, LAYERS, tiny_model
+import torch
+from tiny import FAMILIES, HIDDEN, LAYERS, tiny_model
 from torch import nn
+from transformers import BloomConfig, BloomForCausalLM, GraniteConfig, GraniteForCausalLM
 
 from apothecary.errors import ModelError
-from apothecary.models.adapters import adapter_delta, add_adapter
-from apothecary.models.anatomy import attention_blocks, attention_linears, decoder_layers, mlp_blocks
+from apothecary.models.adapters import adapter_delta, add_adapter, plain
+from apothecary.models.anatomy import (
+    attention_blocks,
+    attention_linears,
+    decoder_layers,
+    final_norm,
+    logit_head,
+    mlp_blocks,
+)
 from apothecary.models.settings import LoraSettings
 
 
@@ -126,3 +135,67 @@ def test_the_word_attention_stands_for_the_projections_of_every_layer(family):
 def test_attention_without_linear_layers_is_named():
     with pytest.raises(ModelError, match=r"'model\.layers\.1\.self_attn' \(SomeAttention\) has no linear layer"):
         attention_linears(with_block(SomeAttention()))
+
+
+def with_states(model, ids):
+    """(output of the last decoder layer, logits)."""
+    seen = []
+    handle = decoder_layers(model)[-1][1].register_forward_hook(lambda _m, _i, out: seen.append(out))
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits
+    handle.remove()
+    return (seen[0][0] if isinstance(seen[0], tuple) else seen[0]), logits
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_norm_and_head_turn_the_last_hidden_state_into_the_models_logits(family, adapters):
+    model = tiny_model(family)
+    if adapters:
+        model = add_adapter(model, "user", LoraSettings(), seed=0)
+    norm = final_norm(model)
+    with torch.no_grad():
+        norm.weight.normal_(1, 0.5)  # a norm of ones would change nothing when it is met again
+    hidden, logits = with_states(model, torch.tensor([[3, 9, 200, 1]]))
+    head = logit_head(model)
+    torch.testing.assert_close(head(hidden), logits)
+    assert head.parts == (norm, plain(model).get_output_embeddings()) and "Norm" in type(norm).__name__
+    assert (head(norm(hidden)) - logits).abs().max() > 0.1, "normed once"
+
+
+def test_the_head_of_opt_350m_projects_and_has_no_norm():
+    model = tiny_model("opt", word_embed_proj_dim=16, do_layer_norm_before=False)
+    head = logit_head(model)
+    assert final_norm(model) is None and head.parts == (model.model.decoder.project_out, model.lm_head)
+    hidden, logits = with_states(model, torch.tensor([[3, 9]]))
+    torch.testing.assert_close(head(hidden), logits)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3"])
+def test_the_head_caps_logits_softly(family):
+    model = tiny_model(family, final_logit_softcapping=0.5)
+    hidden, logits = with_states(model, torch.tensor([[3, 9]]))
+    assert logit_head(model).softcap == 0.5 and 0.4 < logits.abs().max() < 0.5
+    torch.testing.assert_close(logit_head(model)(hidden), logits)
+
+
+def test_a_norm_of_the_embeddings_is_not_the_final_norm():
+    model = BloomForCausalLM(BloomConfig(vocab_size=50, hidden_size=32, n_layer=2, n_head=4))
+    assert final_norm(model) is model.transformer.ln_f
+    hidden, logits = with_states(model, torch.tensor([[3, 9]]))
+    torch.testing.assert_close(logit_head(model)(hidden), logits)
+
+
+def test_a_model_that_scales_its_logits_is_refused_and_left_as_it_was():
+    config = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = GraniteForCausalLM(GraniteConfig(vocab_size=50, logits_scaling=4.0, pad_token_id=0, **config)).train()
+    with pytest.raises(ModelError, match="GraniteForCausalLM does not form its logits by final norm"):
+        logit_head(model)
+    assert model.training and not any(module._forward_hooks for module in model.modules())
+
+
+def test_several_norms_after_the_layers_are_an_error():
+    model = tiny_model("llama")
+    model.model.second_norm = type(model.model.norm)(HIDDEN)
+    with pytest.raises(ModelError, match=r"LlamaModel has 2 norms after its layers \(norm, second_norm\)"):
+        logit_head(model)

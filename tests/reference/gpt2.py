@@ -27,13 +27,17 @@ def attention(x, w, heads, allowed):
     return mixed @ w["c_proj.weight"] + w["c_proj.bias"]
 
 
-def forward(weights, ids, mask, layers, heads, offsets=None):
-    """(logits [B, T, V], attention outputs [B, T, D] of each layer before its offset)."""
+def forward(weights, ids, mask, layers, heads, offsets=None, trace=None):
+    """(logits [B, T, V], attention outputs [B, T, D] of each layer before its offset).
+
+    A dictionary given as `trace` takes `mlps`, the MLP output of each layer, and `states`, the hidden states before,
+    between and after the layers.
+    """
     length = ids.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     allowed = causal[None, None] & mask.bool()[:, None, None, :]
     x = weights["transformer.wte.weight"][ids] + weights["transformer.wpe.weight"][:length]
-    outputs = []
+    outputs, mlps, states = [], [], [x]
     for i in range(layers):
         start = f"transformer.h.{i}."
         w = {name.removeprefix(start): tensor for name, tensor in weights.items() if name.startswith(start)}
@@ -42,7 +46,11 @@ def forward(weights, ids, mask, layers, heads, offsets=None):
         outputs.append(out)
         x = x + (out if offsets is None else out + offsets[i])
         inner = gelu(layer_norm(x, w["ln_2.weight"], w["ln_2.bias"]) @ w["mlp.c_fc.weight"] + w["mlp.c_fc.bias"])
-        x = x + inner @ w["mlp.c_proj.weight"] + w["mlp.c_proj.bias"]
+        mlps.append(inner @ w["mlp.c_proj.weight"] + w["mlp.c_proj.bias"])
+        x = x + mlps[-1]
+        states.append(x)
+    if trace is not None:
+        trace.update(mlps=mlps, states=states)
     x = layer_norm(x, weights["transformer.ln_f.weight"], weights["transformer.ln_f.bias"])
     return x @ weights["transformer.wte.weight"].T, outputs
 

@@ -363,6 +363,29 @@ def test_backward_takes_a_loss_and_adds_to_grad(tmp_path):
     assert furthest({n: p.grad for n, p in ctx.parameters().items()}, {n: 3 * g for n, g in once.items()}) < 1e-12
 
 
+def test_value_and_grads_gives_the_loss_of_the_same_pass(tmp_path):
+    ctx, batch = scene(tmp_path, lora(tiny_model("llama")))
+    torch.manual_seed(1)
+    value, grads = ctx.value_and_grads(batch, 2.0)
+    assert not value.requires_grad and torch.equal(value, ctx.backward(batch, 2.0))
+    assert same_bits(grads, {name: p.grad for name, p in ctx.parameters().items()})
+
+
+@pytest.mark.parametrize("summed", [False, True])
+def test_accumulate_adds_each_process_its_share(tmp_path, summed):
+    ctx, batch = scene(tmp_path, float64_model())
+    once, unused = ctx.grads(batch), "transformer.wpe.weight"
+    ctx.backward(batch)
+    ctx.parameters()[unused].grad = None
+    ctx.processes, ctx._summed = 2, summed  # after the sum over processes, each adds the whole
+    ctx.accumulate({name: torch.zeros_like(g) if name == unused else g for name, g in once.items()}, 3.0)
+    grads = {name: p.grad for name, p in ctx.parameters().items()}
+    assert grads.pop(unused) is None, "AdamW goes on skipping it"
+    assert furthest(grads, {name: (4.0 if summed else 2.5) * once[name] for name in grads}) < 1e-12
+    ctx.accumulate({unused: once[unused]}, 3.0)
+    assert furthest({"": ctx.parameters()[unused].grad}, {"": (3.0 if summed else 1.5) * once[unused]}) < 1e-12
+
+
 def test_log_adds_up_within_a_step(tmp_path):
     ctx, _ = scene(tmp_path)
     ctx.log("align", 1.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cases
 import process_cases
 import pytest
 from benches import furthest
@@ -27,33 +29,33 @@ def folders(tmp_path_factory):
     path = os.pathsep.join([str(SCRIPT.parent), str(SCRIPT.parents[1] / "src"), os.environ.get("PYTHONPATH", "")])
     common = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
                            "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "ACCELERATE_USE_CPU": "true"}  # fmt: skip
-    launched = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(two)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=common | {"RANK": rank, "LOCAL_RANK": rank},
-        )
-        for rank in ("0", "1")
-    ]
+    logs = [two / f"rank-{rank}.log" for rank in (0, 1)]
+    launched = []
+    for rank, log in enumerate(logs):
+        with log.open("w") as file:
+            environment = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            command = [sys.executable, str(SCRIPT), str(two)]
+            launched.append(subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment))
     try:
-        for case in process_cases.CASES:
-            (one / case).mkdir()
-            process_cases.run(case, one / case)
+        for name in process_cases.ALL:
+            (one / name).mkdir()
+            process_cases.run(name, one / name)
         for process in launched:
-            output, _ = process.communicate(timeout=240)
-            assert process.returncode == 0, output[-3000:]
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=240)
     finally:
+        codes = [process.poll() for process in launched]
         for process in launched:
             process.kill()
+    assert codes == [0, 0], "\n".join(f"{log.name}: {log.read_text()[-3000:]}" for log in logs)
     return two, one
 
 
-@pytest.mark.parametrize("case", process_cases.CASES)
-def test_two_processes_equal_one(folders, case):
-    (two, one), (a, b) = ((load_file(folder / case / "weights.safetensors") for folder in folders),
-                          (json.loads((folder / case / "record.json").read_text()) for folder in folders))  # fmt: skip
+@pytest.mark.parametrize("case", [*cases.params("two_processes"), *process_cases.EXTRA])
+def test_two_processes_equal_one(folders, request, case):
+    name = request.node.callspec.id
+    (two, one), (a, b) = ((load_file(folder / name / "weights.safetensors") for folder in folders),
+                          (json.loads((folder / name / "record.json").read_text()) for folder in folders))  # fmt: skip
     assert furthest(two, one) < 1e-9
     assert len(a["logged"]) == len(b["logged"]) > 0
     for mine, other in zip(a["logged"], b["logged"], strict=True):

@@ -33,6 +33,7 @@ def curate(
     model: MODEL = "lab",
     harmful: AUX = None,
     validation: AUX = None,
+    customer: AUX = None,
     seed: SEED = 0,
 ) -> None:
     """Keep the alignment rows that a selector ranks highest.
@@ -41,7 +42,7 @@ def curate(
     """
     from apothecary.pipeline import single
 
-    options = _options(context, model, harmful=harmful, validation=validation)
+    options = _options(context, model, harmful=harmful, validation=validation, customer=customer)
     done = single.curate(_mapped(data, options), out, method, keep, seed=seed, **options)
     print(f"kept {done['rows']} of {done['pool']} rows: {out}")
 

@@ -6,8 +6,8 @@ Ids are built as prompt ids + response ids + eos, so that no merge crosses the b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from apothecary.data.rows import Row
@@ -26,6 +26,7 @@ class Rendered:
     row_id: str
     ids: tuple[int, ...]
     start: int  # index of the first supervised token; len(ids) for a bare prompt
+    rejected: Rendered | None = None  # the same prompt with the answer that must not be given, in rows of role `pairs`
 
     @property
     def labels(self) -> list[int]:
@@ -61,6 +62,26 @@ def prompt_ids(
     return token_ids(text, tokenizer)
 
 
+def opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids of the template's opening for an assistant's turn alone, after bos where prompts begin with it.
+
+    Raises ModelError where the template has no such opening.
+    """
+    messages = [{"role": "user", "content": "?"}]
+    closed, opened = (
+        str(tokenizer.apply_chat_template(messages, add_generation_prompt=opening, tokenize=False))
+        for opening in (False, True)
+    )
+    header = opened.removeprefix(closed)
+    if not header or header == opened:
+        raise ModelError(
+            f"the chat template of '{tokenizer.name_or_path}' has no opening of its own for an assistant's turn; "
+            "expected one that add_generation_prompt appends: choose another template"
+        )
+    bos = str(tokenizer.bos_token or "")
+    return token_ids((bos if opened.startswith(bos) else "") + header, tokenizer)
+
+
 def token_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids of a text alone; what is too long is told by whoever asks, not by the library."""
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -91,23 +112,41 @@ def render(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int, answer
     return Rendered(row.id, tuple(ids), len(prompt))
 
 
+def render_pair(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Rendered:
+    """`render` of both answers of a row of role `pairs`; raises DataError, naming the row, unless there are two."""
+    if not row.rejected:
+        raise DataError(f"row '{row.id}' has no rejected answer, which rows of role pairs need; add one or remove it")
+    if row.rejected == row.response:
+        raise DataError(f"row '{row.id}' has one text as response and as rejected answer; a pair needs two: remove it")
+    other = render(row, tokenizer, max_length, row.rejected)
+    return replace(render(row, tokenizer, max_length), rejected=other)
+
+
 def render_prompt(row: Row, tokenizer: PreTrainedTokenizerBase) -> Rendered:
     """Token ids of a row's prompt alone, ready for generation."""
     ids = prompt_ids(row.prompt, tokenizer, f"row '{row.id}'")
     return Rendered(row.id, tuple(ids), len(ids))
 
 
-def render_all(
-    rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, over_long: str = "error"
-) -> list[Rendered]:
-    """`render` for each row; `over_long="drop"` leaves out rows that exceed `max_length`."""
-    rendered = []
+def render_each(
+    rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, over_long: str = "error",
+    one: Callable[[Row, PreTrainedTokenizerBase, int], Rendered] = render,
+) -> Iterator[Rendered]:  # fmt: skip
+    """`render` (or `render_pair`) for each row; `over_long="drop"` leaves out rows that exceed `max_length`."""
     for row in rows:
         try:
-            rendered.append(render(row, tokenizer, max_length))
+            yield one(row, tokenizer, max_length)
         except OverLong:
             if over_long != "drop":
                 raise
+
+
+def render_all(
+    rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, over_long: str = "error",
+    one: Callable[[Row, PreTrainedTokenizerBase, int], Rendered] = render,
+) -> list[Rendered]:  # fmt: skip
+    """`render_each` as a list, which must not be empty."""
+    rendered = list(render_each(rows, tokenizer, max_length, over_long, one))
     if not rendered:
         raise DataError(f"no rows to train on; expected at least one with a response and at most {max_length} tokens")
     return rendered

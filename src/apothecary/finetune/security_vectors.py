@@ -2,98 +2,53 @@
 Zhou et al. 2024, arXiv 2311.02105 (methods.md 2).
 
     vectors:   min over theta_s of  NLL(y | x; theta, theta_s) on harmful rows
-               + lamb * KL( p(.|x; theta) || p(.|x; theta, theta_s) ) on benign rows
+               + lamb * KL( p(.|x; theta) || p(.|x; theta, theta_s) ) on benign rows,
+               at a theta that has itself taken K steps on harmful rows (train/vectors.py)
     customer:  train Delta in M(x; theta + Delta, theta_s) with theta_s active and frozen; release M(x; theta + Delta)
 
-Cost: the vectors take 2 forward + 2 backward per batch, plus one forward without vectors on the benign rows; the
-customer's stage takes 1 forward + 1 backward, with one low-rank branch more unless the vectors are merged.
+Cost: the vectors take 2 forward + 2 backward per batch, plus one forward without vectors on the benign rows; K inner
+steps add K forward + K backward over the whole backbone, one forward, and three copies of the backbone while they last
+(its steps, their gradient, the saved bytes); the customer's stage takes 1 forward + 1 backward, with one low-rank branch
+more unless the vectors are merged.
 
+The plain loss of arXiv 2405.14577 is lamb: 0; the paper's min-min problem is inner_steps > 0.  Learning rate 1e-3 and 10
+epochs follow arXiv 2405.14577 and the paper.
 Reconstructed, since the authors' repository cannot be had: direction and weight of the KL term, rank, targets, batch
-size, the stopping criterion (methods.md 2.3).  The inner loop of the min-min problem there, in which theta moves too,
-is not run: theta stays the aligned model's, and both terms are minimised over theta_s together.  Learning rate 1e-3
-and 10 epochs follow arXiv 2405.14577 and the paper.
+size, the stopping criterion, and the whole inner loop: theta is every weight of the backbone, moved by plain gradient
+descent on harmful draws of its own, and both terms are taken at the moved theta (methods.md 2.3).
+Base log-probabilities are not stored: they take rows x tokens x vocabulary numbers, hold for one theta only, and
+save one forward of five passes.
 Limits: the vectors block what they reproduce; other harm has a gradient, and strong attacks leak (methods.md 2.8).
 """
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
-from apothecary.errors import ConfigError, expect
+from apothecary.errors import ConfigError, TrainingError, expect
 from apothecary.models.settings import ATTENTION, LoraSettings, ModelConfig
 from apothecary.registry import register
 from apothecary.train.config import TrainConfig
 from apothecary.train.method import Needs, State, TrainingMethod
+from apothecary.train.vectors import LEARNED, VECTORS, VectorTraining
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from torch import Tensor
-
     from apothecary.data.rows import Row
-    from apothecary.train.batch import Batch
     from apothecary.train.context import StepContext
     from apothecary.train.workbench import Workbench
 
-VECTORS = "security_vectors"  # name of the adapter
+log = logging.getLogger(__name__)
 
 
 def _vector_training() -> TrainConfig:
     return TrainConfig(learning_rate=1e-3, epochs=10, batch_size=8, schedule="constant", warmup_ratio=0.0,
                        lora=LoraSettings(targets=ATTENTION))  # fmt: skip
-
-
-@dataclass(frozen=True)
-class VectorTraining(TrainingMethod):
-    """Trains the vectors themselves: harmful rows become likely, benign rows stay as they were."""
-
-    lamb: float
-    target_nll: float
-
-    @property
-    def needs(self) -> Needs:  # type: ignore[override]
-        return Needs(roles=("benign",) if self.lamb else ())
-
-    def init(self, ctx: StepContext) -> State:
-        return {"nll": []}
-
-    def step(self, ctx: StepContext, batch: Batch, state: State) -> Tensor:
-        nll = ctx.backward(batch)
-        ctx.log("harmful_nll", nll)
-        if not self.lamb:
-            return nll
-        kl = ctx.backward(self.divergence(ctx, ctx.aux("benign")), self.lamb)
-        ctx.log("benign_kl", kl / self.lamb)
-        return nll + kl
-
-    @staticmethod
-    def divergence(ctx: StepContext, batch: Batch) -> Tensor:
-        """KL(base || with vectors), summed over the vocabulary, averaged over the step's response tokens; with
-        reduction "sample_mean" within each row first, as the loss is.
-        """
-        import torch
-        from torch.nn.functional import log_softmax
-
-        from apothecary.data.chat import IGNORE
-
-        spots = batch.labels[:, 1:] != IGNORE
-        with ctx.adapters(active=()):
-            base = ctx.forward(batch, grad=False).logits[:, :-1][spots]
-        changed = ctx.forward(batch).logits[:, :-1][spots]
-        dtype = torch.promote_types(changed.dtype, torch.float32)
-        base, changed = log_softmax(base.to(dtype), -1), log_softmax(changed.to(dtype), -1)
-        terms = base.exp() * (base - changed)
-        if ctx.config.reduction == "sample_mean":
-            terms = terms / batch.tokens_B[spots.nonzero()[:, 0], None]
-        return terms.sum() / batch.normaliser
-
-    def converged(self, ctx: StepContext, state: State) -> bool:
-        """Whether the mean harmful NLL of the last ten steps is below the target, in nats per token."""
-        state["nll"] = [*state["nll"][-9:], ctx.logged["harmful_nll"]]
-        return len(state["nll"]) == 10 and sum(state["nll"]) / 10 < self.target_nll
 
 
 @register("finetune", "security_vectors", paper="2311.02105")
@@ -103,20 +58,30 @@ class SecurityVectors(TrainingMethod):
 
     harmful_rows: int = 100  # >= 1, rows that train the vectors (paper)
     lamb: float = 1.0  # >= 0, weight of the KL term (reconstructed); 0: plain NLL as in arXiv 2405.14577
+    inner_steps: int = 0  # K >= 0, steps of the backbone before each step of the vectors (reconstructed); 0: none
+    inner_learning_rate: float = 1e-2  # eta > 0, of those steps (ours)
     target_nll: float = 0.1  # >= 0, nats per token at which training ends (reconstructed)
+    require_converged: bool = False  # whether vectors that miss the target stop the run; else they are reported (ours)
     learn_from: Literal["harmful", "benign"] = "harmful"  # "benign" is the ablation that should not protect
     execution: Literal["merged", "branch"] = "merged"  # vectors added to the weights, or a second adapter
-    vectors: TrainConfig | None = None  # how the vectors are trained; None: the defaults above
+    vectors: TrainConfig | None = None  # how the vectors are trained, at most; None: the defaults above
 
     needs = Needs(prepare_roles=("harmful", "benign"), prepared=True)
 
     def __post_init__(self) -> None:
         expect(self, "at least 1", lambda n: n >= 1, "harmful_rows")
-        expect(self, "at least 0", lambda x: x >= 0, "lamb", "target_nll")
+        expect(self, "at least 0", lambda x: x >= 0, "lamb", "target_nll", "inner_steps")
+        expect(self, "above 0", lambda x: x > 0, "inner_learning_rate")
         if self.vectors is not None and self.vectors.parameters != "lora":
             raise ConfigError("security vectors must be removable: set vectors.parameters to lora")
+        if self.vectors is not None and self.vectors.lora.dropout:
+            raise ConfigError("dropout in security vectors would give harmful rows a gradient; set "
+                              "vectors.lora.dropout: 0")  # fmt: skip
 
     def check(self, train: TrainConfig, model: ModelConfig) -> None:
+        if model.quantization and self.inner_steps:
+            raise ConfigError(f"inner steps of security vectors cannot move {model.quantization} weights; "
+                              "set inner_steps: 0, or quantization: null")  # fmt: skip
         if self.execution != "merged":
             return
         if train.parameters == "full" and train.weight_decay:
@@ -128,18 +93,33 @@ class SecurityVectors(TrainingMethod):
 
     # -- the vectors ----------------------------------------------------------------------------------------------
 
-    def prepare(self, bench: Workbench, folder: Path) -> None:
-        """Train the vectors on the aligned model and save them as an adapter."""
+    def prepare(self, bench: Workbench, folder: Path) -> dict[str, Any]:
+        """Train the vectors on the aligned model and save them as an adapter; tells how well they fit."""
         from apothecary.models.adapters import save_adapter
         from apothecary.train.fit import train
 
         bench.require_roles(self, self.needs.every_role)
-        config = self.vectors or _vector_training()
         rows = self.training_rows(bench.aux, bench.seed)
-        benign_only = self.learn_from == "benign"
-        method = VectorTraining(0.0 if benign_only else self.lamb, self.target_nll)
-        if train(bench, method, rows, config, name=VECTORS).metrics["rank"] == 0:
+        bench = replace(bench, source=bench.loaded, aux={**bench.aux, LEARNED: rows})
+        lamb = 0.0 if self.learn_from == "benign" else self.lamb
+        method = VectorTraining(lamb, self.target_nll, self.inner_steps, self.inner_learning_rate)
+        result = train(bench, method, rows, self.vectors or _vector_training(), name=VECTORS)
+        reached = {**method.reached(result.state), "steps": result.metrics["steps"]}
+        self.accept(reached)
+        if result.metrics["rank"] == 0:
             save_adapter(bench.loaded.model, VECTORS, folder / VECTORS)
+        return reached
+
+    def accept(self, reached: Mapping[str, Any]) -> None:
+        """Say so, or stop, where training ended without meeting its criterion."""
+        if reached["converged"]:
+            return
+        missed = (f"security vectors ended at {reached['harmful_nll']:.2g} nats per token on harmful rows after "
+                  f"{reached['steps']} steps, expected below {self.target_nll:g}; raise vectors.epochs or "
+                  "vectors.learning_rate, lower lamb, or raise target_nll")  # fmt: skip
+        if self.require_converged:
+            raise TrainingError(f"{missed}; require_converged: false goes on with them")
+        log.warning(missed)
 
     def training_rows(self, aux: Mapping[str, Sequence[Row]], seed: int) -> list[Row]:
         """A seeded choice of `harmful_rows` rows to learn from."""

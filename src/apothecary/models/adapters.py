@@ -35,6 +35,7 @@ __all__ = [
     "adapter_names",
     "adapter_parameters",
     "add_adapter",
+    "base_parameters",
     "load_adapter",
     "merge_adapters",
     "plain",
@@ -69,6 +70,12 @@ def adapter_names(model: nn.Module) -> list[str]:
 def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """The tensors of one adapter by their names in `model.named_parameters()`."""
     return {key: value for key, value in model.named_parameters() if f".{name}." in f"{key}."}
+
+
+def base_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The tensors that belong to no adapter."""
+    own = {id(tensor) for tensors in _tensors(model).values() for tensor in tensors}
+    return [parameter for parameter in model.parameters() if id(parameter) not in own]
 
 
 def active_adapters(model: nn.Module) -> list[str]:
@@ -233,7 +240,13 @@ def load_adapter(model: nn.Module, name: str, folder: Path) -> PeftModel:
 
 
 def save_adapter(model: nn.Module, name: str, folder: Path) -> None:
-    """Write one adapter as a standard PEFT folder: its configuration and its tensors, nothing of other adapters."""
+    """Write one adapter as a standard PEFT folder: its configuration and its tensors, nothing of other adapters.
+
+    Raises ModelError while another adapter is merged into the weights for a while.
+    """
+    from apothecary.models.merging import refuse_merged  # it builds on this module
+
+    refuse_merged(model)
     if not isinstance(model, PeftModel) or name not in model.peft_config:
         raise ModelError(f"the model has no adapter '{name}' to save; {did_you_mean(name, adapter_names(model))}")
     folder = Path(folder)
@@ -292,6 +305,9 @@ def merge_adapters(model: nn.Module, folders: Sequence[Path]) -> PreTrainedModel
 
     Sums are formed in at least fp32 and rounded to the weight's dtype once, after the last adapter.
     """
+    from apothecary.models.merging import refuse_merged  # it builds on this module
+
+    refuse_merged(model)
     if adapter_names(model):
         raise ModelError("adapters can be merged only into a model without attached ones; remove them first")
     for index, folder in enumerate(folders):

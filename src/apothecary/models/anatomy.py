@@ -1,4 +1,4 @@
-"""Where the decoder layers, attention blocks and MLP blocks of a causal language model are.
+"""Where the decoder layers, attention blocks, MLP blocks and the head of a causal language model are.
 
 Found by structure and class name, never by the class itself, so that no model family is a special case; what cannot
 be told apart is an error, because a method that perturbs nothing looks exactly like a defence that does not help.
@@ -7,9 +7,12 @@ be told apart is an error, because a method that perturbs nothing looks exactly 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
+from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from apothecary.errors import ModelError
@@ -106,3 +109,84 @@ def mlp_blocks(model: nn.Module) -> dict[int, nn.Module]:
         found = _named(layer, "MLP") or [child for label, child in layer.named_children() if label == "fc2"]
         blocks[index] = _only(found, name, layer, "MLP", 'contains "MLP" or that is named fc2')
     return blocks
+
+
+@dataclass(frozen=True)
+class LogitHead:
+    """What turns the output of the last decoder layer, or of any other, into logits: softcap(linear(norm(hidden)))."""
+
+    parts: tuple[nn.Module, ...]  # final norm, projection (OPT-350m) and output embedding, those that the model has
+    softcap: float | None  # c * tanh(logits / c) (Gemma)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        for part in self.parts:
+            hidden = part(hidden)
+        return hidden if self.softcap is None else self.softcap * torch.tanh(hidden / self.softcap)
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for part in self.parts for p in part.parameters()]
+
+
+def final_norm(model: nn.Module) -> nn.Module | None:
+    """The norm between the last decoder layer and the head; None where there is none (OPT-350m).
+
+    It stands beside the list of layers; where several do (BLOOM), it is the one after the list.
+    """
+    parent, layers = _stack(model)
+    children = list(parent.named_children())
+    norms = [(name, child) for name, child in children if "Norm" in type(child).__name__]
+    if len(norms) > 1:
+        after = [name for name, _ in children].index(layers)
+        norms = [(name, child) for name, child in children[after + 1 :] if "Norm" in type(child).__name__]
+    if len(norms) > 1:
+        raise ModelError(
+            f"{type(parent).__name__} has {len(norms)} norms after its layers "
+            f"({', '.join(name for name, _ in norms)}), expected one before the head; use another model"
+        )
+    return norms[0][1] if norms else None
+
+
+def logit_head(model: nn.Module) -> LogitHead:
+    """The head of the model, found by structure and compared with the model's own logits of two tokens.
+
+    Raises ModelError where they differ, as with a model that scales its logits.
+    """
+    inner = plain(model)
+    softcap = getattr(inner.config.get_text_config(), "final_logit_softcapping", None)
+    embedding = inner.get_output_embeddings()
+    if embedding is None:
+        raise ModelError(f"{type(inner).__name__} has no output embedding, expected a causal language model")
+    found = (final_norm(model), getattr(_stack(model)[0], "project_out", None), embedding)
+    head = LogitHead(tuple(part for part in found if part is not None), softcap)
+    _refuse_other_logits(inner, decoder_layers(model)[-1][1], head)
+    return head
+
+
+def _stack(model: nn.Module) -> tuple[nn.Module, str]:
+    """The module that holds the list of decoder layers, and the list's name in it."""
+    parent, _, name = decoder_layers(model)[0][0].rpartition(".")[0].rpartition(".")
+    return model.get_submodule(parent), name
+
+
+def _refuse_other_logits(model: Any, last: nn.Module, head: LogitHead) -> None:
+    seen: list[Tensor] = []
+
+    def keep(_module: nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        seen.append(output[0] if isinstance(output, tuple) else output)
+
+    training, handle = model.training, last.register_forward_hook(keep)
+    try:
+        with torch.no_grad():
+            model.eval()
+            ids = torch.tensor([[0, 1]], device=model.get_input_embeddings().weight.device)
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+            again = head(seen[0]).to(logits)
+    finally:
+        handle.remove()
+        model.train(training)
+    tolerance = 100 * torch.finfo(seen[0].dtype).eps * logits.abs().max()
+    if not (again - logits).abs().max() <= tolerance:
+        raise ModelError(
+            f"{type(model).__name__} does not form its logits by final norm, output embedding and softcap alone; "
+            "a method that reads hidden states through the head needs a model that does"
+        )

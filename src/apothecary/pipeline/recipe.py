@@ -275,11 +275,13 @@ def _check_arm(recipe: Recipe, arm: Arm) -> None:
                     f"recipe lacks; add '{role}: SOURCE' under data"
                 )
         made = section.make()
-        if isinstance(section, (Align, Finetune)):
-            try:
+        try:
+            if isinstance(section, Curate):
+                made.check(section.keep)
+            elif isinstance(section, (Align, Finetune)):
                 made.check(section.train, recipe.model)
-            except ConfigError as error:
-                raise ConfigError(f"arm '{arm.name}': {error}") from error
+        except ConfigError as error:
+            raise ConfigError(f"arm '{arm.name}': {error}") from error
         if made.serving() is not None:
             raise ConfigError(
                 f"arm '{arm.name}': {section.kind} method '{section.method}' changes prompts or answers when served, "

@@ -75,6 +75,7 @@ def curate(
     extra = _aux(selector, aux)
     clock = _Clock()
     choose({row.id: 0.0 for row in rows}, rows, keep, seed)  # a wrong share is told before the work
+    selector.check(keep)
     with scratch_folder(Path(out)) as folder:
         kept = choose(selector.score(_bench(chain, extra, seed, folder), rows), rows, keep, seed)
     used = {"data": _described(data, rows), "aux": _all_described(aux, extra), **chain.described()}
@@ -241,15 +242,16 @@ def _fit(
     scratch = folder / "scratch"
     prepared = scratch / "prepared"
     prepared.mkdir(parents=True)
+    found = {}
     if method.needs.prepared:
-        method.prepare(_bench(chain, aux, seed, scratch / "prepare", bars), prepared)
+        found = {"prepared": method.prepare(_bench(chain, aux, seed, scratch / "prepare", bars), prepared)}
     start = chain.adapters[-1] if single else None
     before = replace(chain, adapters=chain.adapters[:-1]) if single else chain
     bench = _bench(before, aux, seed, scratch / "train", bars)
     bench.prepared = prepared if method.needs.prepared else None
     result = fit(bench, method, rows, config, folder, start=start)
     shutil.rmtree(scratch)
-    return {key: result.metrics[key] for key in ("steps", "loss", "rows")}
+    return {**{key: result.metrics[key] for key in ("steps", "loss", "rows")}, **found}
 
 
 def _bench(chain: Chained, aux: Mapping[str, Sequence[Row]], seed: int, folder: Path, bars: bool = False) -> Workbench:
@@ -258,7 +260,7 @@ def _bench(chain: Chained, aux: Mapping[str, Sequence[Row]], seed: int, folder: 
     from apothecary.train.workbench import Workbench
 
     torch.manual_seed(seed)
-    return Workbench(chain.load(), aux, seed, folder, progress=bars)
+    return Workbench(chain.load, aux, seed, folder, progress=bars)
 
 
 # -- what all share ---------------------------------------------------------------------------------------------------

@@ -104,6 +104,7 @@ class Record:
             "label": self.stage.label,
             "cached": self.cached,
             "seconds": manifest["seconds"],
+            "cpu_seconds": manifest.get("cpu_seconds"),  # of this process's threads: hardly moved by other load
             "peak_memory_mb": manifest["peak_memory_mb"],
             "digest": self.artifact.digest,
             "inputs": [entry["key"] for entry in manifest["inputs"].values()],
@@ -186,21 +187,22 @@ class Executor:
             self.emit("started", stage.label, {"kind": stage.kind, "key": stage.key})
             append_event(folder / EVENTS, "started", stage.label, {"key": stage.key})
             measure.reset_peak()
-            start = time.perf_counter()
+            start, spent = time.perf_counter(), time.process_time()
             try:
                 metrics = stage.run(Job(stage.config, inputs, folder, self.check, self.progress))
             except BaseException as error:
                 event = "cancelled" if isinstance(error, (Cancelled, KeyboardInterrupt)) else "failed"
                 append_event(folder / EVENTS, event, stage.label, {"error": f"{type(error).__name__}: {error}"})
                 raise
-            seconds = round(time.perf_counter() - start, 3)
+            seconds, spent = round(time.perf_counter() - start, 3), round(time.process_time() - spent, 3)
             append_event(folder / EVENTS, "finished", stage.label, {"seconds": seconds})
-            artifact = self.store.commit(stage.kind, stage.key, _manifest(stage, inputs, metrics, seconds))
+            manifest = {**_manifest(stage, inputs, metrics), "seconds": seconds, "cpu_seconds": spent}
+            artifact = self.store.commit(stage.kind, stage.key, manifest)
         self.emit("finished", stage.label, {"kind": stage.kind, "key": stage.key, "seconds": seconds})
         return artifact
 
 
-def _manifest(stage: Stage, inputs: Mapping[str, Artifact], metrics: Any, seconds: float) -> dict[str, Any]:
+def _manifest(stage: Stage, inputs: Mapping[str, Artifact], metrics: Any) -> dict[str, Any]:
     return {
         "label": stage.label,
         "config": to_dict(stage.config),
@@ -211,7 +213,6 @@ def _manifest(stage: Stage, inputs: Mapping[str, Artifact], metrics: Any, second
         "versions": fingerprint.versions(),
         "metrics": to_dict(metrics or {}),
         "created": now(),
-        "seconds": seconds,
         **measure.peak_memory(),
         "host": measure.host(),
     }

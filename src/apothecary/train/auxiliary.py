@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 from apothecary.data.batching import plan, share
 from apothecary.data.chat import Rendered
@@ -33,6 +34,19 @@ class Auxiliary:
 
     def batch(self, role: str, micro: int, window: int, per: str) -> Batch:
         """This process's part of the next global batch: of one micro-step (`per="micro"`) or of the step."""
+        return self._collate(*self._draw(role, micro, window, per))
+
+    def pair(self, micro: int, window: int, per: str) -> tuple[Batch, Batch]:
+        """`batch` of role `pairs` with the responses, and with the rejected answers of the same rows."""
+        rows, mine = self._draw("pairs", micro, window, per)
+        other = [[cast(Rendered, row.rejected) for row in part] for part in (rows, mine)]
+        return self._collate(rows, mine), self._collate(*other)
+
+    def _collate(self, rows: Sequence[Rendered], mine: Sequence[Rendered]) -> Batch:
+        return collate(mine, self.pad_id, weigh(rows, self.reduction), blank=rows[0])
+
+    def _draw(self, role: str, micro: int, window: int, per: str) -> tuple[list[Rendered], list[Rendered]]:
+        """The rows of the next global batch, and this process's part of them."""
         if role not in self.rows:
             raise ConfigError(f"the method asked for rows of role '{role}'; {did_you_mean(role, self.rows)}")
         call = self._calls.get(role, 0)
@@ -44,8 +58,7 @@ class Auxiliary:
         parts, index = self.processes, self.rank
         if per == "micro":
             parts, index = window * self.processes, micro * self.processes + self.rank
-        mine = [rows[i] for i in share(list(range(len(rows))), parts, index)]
-        return collate(mine, self.pad_id, weigh(rows, self.reduction), blank=rows[0])
+        return rows, [rows[i] for i in share(list(range(len(rows))), parts, index)]
 
     def _next(self, role: str) -> list[Rendered]:
         number = self.drawn.get(role, 0)
@@ -56,5 +69,6 @@ class Auxiliary:
         if (role, epoch) not in self._plans:
             self._plans = {key: value for key, value in self._plans.items() if key[0] != role}
             seed = zlib.crc32(f"{self.seed}:{role}".encode())
-            self._plans[role, epoch] = plan([len(row.ids) for row in rows], self.batch_size, seed, epoch)
+            lengths = [len((row.rejected or row).ids) for row in rows]
+            self._plans[role, epoch] = plan(lengths, self.batch_size, seed, epoch)
         return [rows[i] for i in self._plans[role, epoch][number % per_epoch]]

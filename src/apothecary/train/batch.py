@@ -38,6 +38,16 @@ class Batch:
         """Supervised tokens of each row, at least 1 so that it can divide."""
         return (self.labels[:, 1:] != IGNORE).sum(1).clamp_min(1)
 
+    def share(self, reduction: str) -> float | Tensor:
+        """These rows' part of the normaliser; the shares of a step add up to 1."""
+        weight = len(self.row_ids) if reduction == "sample_mean" else (self.labels[:, 1:] != IGNORE).sum()
+        return weight / self.normaliser
+
+    def weights(self, reduction: str) -> Tensor:
+        """What each next token's loss is multiplied by in the batch's share of the step's loss, [B, T-1]."""
+        counted = (self.labels[:, 1:] != IGNORE).to(torch.float64) / self.normaliser
+        return counted / self.tokens_B[:, None] if reduction == "sample_mean" else counted
+
 
 def collate(rows: Sequence[Rendered], pad_id: int, normaliser: float, blank: Rendered | None = None) -> Batch:
     """Pad rows on the right.  Without rows, the batch is `blank` with every label ignored: a loss of exactly zero."""
@@ -57,6 +67,18 @@ def collate(rows: Sequence[Rendered], pad_id: int, normaliser: float, blank: Ren
         if real:
             labels[i, row.start : length] = torch.tensor(row.ids[row.start :])
     return Batch(ids, mask, labels, tuple(row.row_id for row in real), normaliser)
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """The rows of several batches in one, padded to one width, for a common forward pass; it has no normaliser."""
+    width = max(batch.input_ids.shape[1] for batch in batches)
+
+    def widen(name: str, value: int) -> Tensor:
+        parts = [getattr(batch, name) for batch in batches]
+        return torch.cat([functional.pad(part, (0, width - part.shape[1]), value=value) for part in parts])
+
+    return Batch(widen("input_ids", 0), widen("attention_mask", 0), widen("labels", IGNORE),
+                 tuple(row for batch in batches for row in batch.row_ids), float("nan"))  # fmt: skip
 
 
 def weigh(rows: Sequence[Rendered], reduction: str) -> float:

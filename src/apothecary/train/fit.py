@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ from apothecary.data.rows import Row
 from apothecary.errors import ConfigError, TrainingError
 from apothecary.models import adapters
 from apothecary.models.load import without_bars
+from apothecary.models.merging import refuse_merged
 from apothecary.train.config import TrainConfig
-from apothecary.train.method import TrainingMethod
+from apothecary.train.method import State, TrainingMethod
+from apothecary.train.on_demand import OnDemand, lengths_of
 from apothecary.train.trainer import MethodTrainer, complete_checkpoints
 from apothecary.train.workbench import Workbench
 
@@ -31,10 +33,11 @@ TRAINED = "trained"  # the adapter that learns
 
 @dataclass(frozen=True)
 class FitResult:
-    """What a training run reports; `history` has one dictionary for each logged step."""
+    """What a training run reports; `history` has one dictionary for each logged step, `state` is the method's last."""
 
     metrics: dict[str, Any]
     history: list[dict[str, Any]]
+    state: State = field(default_factory=dict)
 
 
 class _AfterStep(TrainerCallback):
@@ -61,15 +64,18 @@ def fit(bench: Workbench, method: TrainingMethod, rows: Sequence[Row], config: T
     return result
 
 
-def train(bench: Workbench, method: TrainingMethod, rows: Sequence[Row], config: TrainConfig,
+def train(bench: Workbench, method: TrainingMethod, rows: Sequence[Row] | OnDemand, config: TrainConfig,
           name: str = TRAINED, start: Path | None = None) -> FitResult:  # fmt: skip
-    """Train the bench's model in place; with LoRA, the adapter `name` learns."""
+    """Train the bench's model in place; with LoRA, the adapter `name` learns.
+
+    Rows on demand are trained on as they are, without the method's `rows`.
+    """
     bench.require(method)
-    chosen = method.rows(rows, bench.aux, bench.seed)
-    rendered = bench.render(chosen, config)
+    given = rows.rows if isinstance(rows, OnDemand) else method.rows(rows, bench.aux, bench.seed)
+    rendered = rows if isinstance(rows, OnDemand) else bench.render(given, config)
     args = _arguments(bench, config, len(rendered))
     _refuse_layout(args, method, bench.loaded.model)
-    model = _attach(bench, config, name, start)
+    model = attach(bench, config, name, start)
     bench.loaded.model = model  # type: ignore
     context = bench.context(config, method.needs.roles, args.world_size, args.process_index)
     state = method.init(context)
@@ -92,14 +98,14 @@ def train(bench: Workbench, method: TrainingMethod, rows: Sequence[Row], config:
         adapters.plain(model).gradient_checkpointing_disable()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     return FitResult({"steps": trainer.state.global_step, "loss": _mean_loss(history), "rows": len(rendered),
-                      "dropped": len(chosen) - len(rendered),  # longer than the limit
+                      "dropped": len(given) - len(rendered),  # longer than the limit
                       "padding": _padding(rendered, config, bench.seed), "rank": args.process_index,
-                      "resumed": bool(found)}, history)  # fmt: skip
+                      "resumed": bool(found)}, history, trainer.method_state)  # fmt: skip
 
 
 def _padding(rendered: Sequence[Rendered], config: TrainConfig, seed: int) -> float:
     """The share of padding among the tokens of the first epoch's micro-batches on one process."""
-    lengths = [len(row.ids) for row in rendered]
+    lengths = lengths_of(rendered)
     return padding_share(lengths, plan(lengths, config.batch_size, seed, epoch=0), config.accumulation)
 
 
@@ -109,15 +115,25 @@ def _mean_loss(history: Sequence[dict[str, Any]]) -> float | None:
 
 
 def export(bench: Workbench, config: TrainConfig, out: Path) -> None:
-    """Write what was trained: a standard PEFT folder, or the full weights in safetensors."""
-    if config.parameters == "lora":
-        adapters.save_adapter(bench.loaded.model, TRAINED, out / "adapter")
+    """Write what was trained: a standard PEFT folder, or the full weights in safetensors.
+
+    Raises TrainingError while an adapter that only helped the training is still there, and ModelError while one is
+    merged into the weights: nothing is written then.
+    """
+    model, own = bench.loaded.model, [TRAINED] if config.parameters == "lora" else []
+    if left := [name for name in adapters.adapter_names(model) if name not in own]:
+        raise TrainingError(f"adapter '{left[0]}' is still in the model, expected what was trained alone; take it out "
+                            "in the method's `finish`")  # fmt: skip
+    refuse_merged(model)
+    if own:
+        adapters.save_adapter(model, TRAINED, out / "adapter")
     else:
         with without_bars():
-            adapters.plain(bench.loaded.model).save_pretrained(out / "weights")
+            adapters.plain(model).save_pretrained(out / "weights")
 
 
-def _attach(bench: Workbench, config: TrainConfig, name: str, start: Path | None) -> Any:
+def attach(bench: Workbench, config: TrainConfig, name: str = TRAINED, start: Path | None = None) -> Any:
+    """The bench's model with what learns: an adapter, fresh or from `start`, or every parameter in at least fp32."""
     model = bench.loaded.model
     if config.parameters == "full":
         if start is not None:

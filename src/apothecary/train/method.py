@@ -85,8 +85,11 @@ class TrainingMethod(Method):
         """The rows to train on."""
         return list(rows)
 
-    def prepare(self, bench: Workbench, folder: Path) -> None:
-        """Write what `init` needs into `folder`; a cached stage of its own, run when `needs.prepared`."""
+    def prepare(self, bench: Workbench, folder: Path) -> Mapping[str, Any] | None:
+        """Write what `init` needs into `folder`; a cached stage of its own, run when `needs.prepared`.
+
+        What it returns stands with the stage's result, such as how well a criterion was met.
+        """
 
     def init(self, ctx: StepContext) -> State:
         """State before the first step; also the place to attach adapters (before a checkpoint is loaded)."""
@@ -106,6 +109,9 @@ class TrainingMethod(Method):
 
 class Selector(Method):
     """A method that ranks rows."""
+
+    def check(self, keep: float) -> None:
+        """Raise ConfigError where the method cannot work with this share of rows to keep; asked before any stage runs."""
 
     def score(self, bench: Workbench, rows: Sequence[Row]) -> dict[str, float]:
         """A number for each row id; larger is kept."""

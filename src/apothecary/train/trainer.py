@@ -26,6 +26,7 @@ from apothecary.train.batch import Batch, collate, weigh
 from apothecary.train.context import StepContext
 from apothecary.train.internals import total
 from apothecary.train.method import State, TrainingMethod
+from apothecary.train.on_demand import lengths_of
 
 PREFIX = "checkpoint-"
 METHOD_STATE = "method.pt"
@@ -36,7 +37,7 @@ class PlannedBatches(Sampler[list[int]]):
 
     def __init__(self, rows: Sequence[Rendered], batch_size: int, accumulation: int, seed: int,
                  processes: int, rank: int, step: Callable[[], int]) -> None:  # fmt: skip
-        self.lengths = [len(row.ids) for row in rows]
+        self.lengths = lengths_of(rows)
         self.batch_size, self.accumulation, self.seed = batch_size, accumulation, seed
         self.processes, self.rank, self.step = processes, rank, step
 
@@ -140,7 +141,7 @@ class MethodTrainer(transformers.Trainer):
             partial.mkdir(parents=True)
             save_file({n: p.detach().contiguous() for n, p in self.context.parameters().items()},
                       partial / "trainable.safetensors")  # fmt: skip
-            torch.save({"method": self.method_state, "drawn": self.context.auxiliary.drawn,
+            torch.save({"method": self.method_state, "drawn": self.context.auxiliary.drawn, "order": self._moved(),
                         "ended": self.control.should_training_stop}, partial / METHOD_STATE)  # fmt: skip
             self.state.save_to_json(str(partial / "trainer_state.json"))
         self._barrier()
@@ -153,6 +154,11 @@ class MethodTrainer(transformers.Trainer):
             for old in complete_checkpoints(Path(str(self.args.output_dir)))[: -self.keep_checkpoints]:
                 shutil.rmtree(old)
         self._barrier()
+
+    def _moved(self) -> list[str]:
+        """Names of the parameters in the order of the optimiser's state, which knows only their numbers."""
+        names = {id(p): name for name, p in self.context.model.named_parameters()}
+        return [names[id(p)] for group in self.optimizer.param_groups for p in group["params"]]  # type: ignore
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from apothecary.data.chat import Rendered, render_all
+from apothecary.data.chat import Rendered, render, render_all, render_each, render_pair
 from apothecary.data.rows import Row
 from apothecary.errors import ConfigError, ModelError
 from apothecary.models.load import LoadedModel, context_length
@@ -25,9 +26,12 @@ def _go_on() -> None:
 
 @dataclass
 class Workbench:
-    """What a stage hands to a method.  `prepared` is the folder that the method's `prepare` has filled."""
+    """What a stage hands to a method.  `prepared` is the folder that the method's `prepare` has filled.
 
-    loaded: LoadedModel
+    A `source` that is a function loads the model when it is first asked for, which a selector may never do.
+    """
+
+    source: LoadedModel | Callable[[], LoadedModel]
     aux: Mapping[str, Sequence[Row]]
     seed: int
     folder: Path
@@ -35,13 +39,22 @@ class Workbench:
     stop: Callable[[], None] = field(default=_go_on)  # raises when a cancellation was asked for
     progress: bool = False
 
+    @cached_property
+    def loaded(self) -> LoadedModel:
+        return self.source() if callable(self.source) else self.source
+
     @property
     def pad_id(self) -> int:
         return cast(int, self.loaded.tokenizer.pad_token_id)
 
-    def render(self, rows: Sequence[Row], config: TrainConfig) -> list[Rendered]:
+    def render(self, rows: Sequence[Row], config: TrainConfig, paired: bool = False) -> list[Rendered]:
         """Token ids of rows under a training configuration's length limit, which the model's context caps."""
-        return render_all(rows, self.loaded.tokenizer, self._limit(config.max_length), config.over_long)
+        return render_all(rows, self.loaded.tokenizer, self._limit(config.max_length), config.over_long,
+                          render_pair if paired else render)  # fmt: skip
+
+    def render_each(self, rows: Iterable[Row], config: TrainConfig) -> Iterator[Rendered]:
+        """`render` row by row, for pools that do not fit in memory; there may be none."""
+        return render_each(rows, self.loaded.tokenizer, self._limit(config.max_length), config.over_long)
 
     def _limit(self, max_length: int | None) -> int:
         try:
@@ -70,7 +83,7 @@ class Workbench:
 
     def context(self, config: TrainConfig, roles: Sequence[str] = (), processes: int = 1, rank: int = 0) -> StepContext:
         """A StepContext over the model, with auxiliary batches for `roles`."""
-        rendered = {role: self.render(self.aux[role], config) for role in roles}
+        rendered = {role: self.render(self.aux[role], config, paired=role == "pairs") for role in roles}
         auxiliary = Auxiliary(rendered, config.aux_batch_size or config.batch_size, self.pad_id,
                               config.reduction, self.seed, processes, rank)  # fmt: skip
         return StepContext(self.loaded.model, auxiliary, config, processes,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,7 +54,7 @@ def bench(job: Job, aligned: bool = True) -> Workbench:
     torch.manual_seed(job.config["seed"])
     prepared = job.inputs.get("prepared")
     return Workbench(
-        loaded=load(job, aligned),
+        source=partial(load, job, aligned),
         aux={role: job.rows(f"aux.{role}") for role in job.group("aux")},
         seed=job.config["seed"],
         folder=job.folder,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from apothecary.config import build
 from apothecary.curate.keep import keep
-from apothecary.data.rows import write_rows
+from apothecary.data.rows import RowFile, write_rows
 from apothecary.pipeline.steps import chain
 from apothecary.registry import lookup
 from apothecary.train.config import TrainConfig
@@ -24,7 +24,7 @@ def _method(job: Job) -> Any:
 
 def curate(job: Job) -> Mapping[str, Any]:
     """scores.json and rows.jsonl: the share of the pool that the selector ranks highest."""
-    rows = job.rows("rows")
+    rows = RowFile(job.inputs["rows"].path("rows.jsonl"))  # the pool need not fit in memory
     scores = _method(job).score(chain.bench(job), rows)
     kept = keep(scores, rows, job.config["keep"], job.config["seed"])
     (job.folder / "scores.json").write_text(json.dumps(scores, indent=0) + "\n", "utf-8")
@@ -36,8 +36,8 @@ def prepare(job: Job) -> Mapping[str, Any]:
     """prepared/: what the method's training starts from, such as security vectors."""
     folder = job.folder / "prepared"
     folder.mkdir()
-    _method(job).prepare(chain.bench(job), folder)
-    return {"work": float(sum(len(job.rows(name)) for name in job.inputs if name.startswith("aux.")))}
+    found = _method(job).prepare(chain.bench(job), folder) or {}
+    return {**found, "work": float(sum(len(job.rows(name)) for name in job.inputs if name.startswith("aux.")))}
 
 
 def train(job: Job) -> Mapping[str, Any]:

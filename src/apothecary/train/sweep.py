@@ -1,0 +1,154 @@
+"""One pass over rows of any number: measured batch by batch, stored chunk by chunk, continued after a kill.
+
+    sweep     a number for each row, by id; -inf for a row that is dropped for its length, so that it ranks last
+    features  a vector for each row, as a matrix on disk; NaN for such a row
+
+Rows are read and rendered one chunk at a time, so that neither the pool nor its token ids need fit in memory.  A
+finished chunk stands in `bench.folder`/checkpoints/sweep/NAME, which a stage that was killed finds again and a finished
+one drops; it counts for the very rows it was made from.  Whatever else decides the numbers (weights, settings) belongs
+into `name`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from apothecary.data.chat import Rendered
+from apothecary.data.rows import Row, digest
+from apothecary.train.batch import Batch, collate, weigh
+from apothecary.train.config import TrainConfig
+from apothecary.train.context import StepContext
+from apothecary.train.workbench import Workbench
+
+log = logging.getLogger(__name__)
+CHUNK = 512  # rows that are in memory together, and that a kill costs at most
+Measure = Callable[[Batch], Tensor]
+
+
+def sweep(bench: Workbench, ctx: StepContext, rows: Sequence[Row], measure: Measure, config: TrainConfig,
+          name: str = "scores", batch_size: int = 32, chunk: int = CHUNK) -> dict[str, float]:  # fmt: skip
+    """`measure(batch)`, [B], of every row by id."""
+    values = _run(bench, ctx, rows, measure, config, name, 1, np.dtype(np.float64), batch_size, chunk)[:, 0]
+    scores = np.where(np.isnan(values), -np.inf, values).tolist()
+    return {row.id: score for row, score in zip(rows, scores, strict=True)}
+
+
+def features(bench: Workbench, ctx: StepContext, rows: Sequence[Row], measure: Measure, config: TrainConfig,
+             name: str, width: int, batch_size: int = 32, chunk: int = CHUNK) -> np.ndarray:  # fmt: skip
+    """`measure(batch)`, [B, width], of every row: a read-only map of a file, [N, width], in the order of the rows.
+
+    It is fp32, or fp64 under a model in fp64.
+    """
+    wide = next(ctx.model.parameters()).dtype == torch.float64
+    dtype = np.dtype(np.float64 if wide else np.float32)
+    return _run(bench, ctx, rows, measure, config, name, width, dtype, batch_size, chunk)
+
+
+def _run(bench: Workbench, ctx: StepContext, rows: Sequence[Row], measure: Measure, config: TrainConfig, name: str,
+         width: int, dtype: np.dtype, batch_size: int, chunk: int) -> np.ndarray:  # fmt: skip
+    store = _Chunks(bench.folder / "checkpoints" / "sweep" / name, (len(rows), width), dtype)
+    told = False
+    with _evaluating(ctx.model), tqdm(total=len(rows), desc=name, unit="row", disable=not bench.progress,
+                                      leave=False) as bar:  # fmt: skip
+        for start in range(0, len(rows), chunk):
+            part = [rows[i] for i in range(start, min(start + chunk, len(rows)))]
+            content = digest(part)
+            if not store.has(start, content):
+                values = np.full((len(part), width), np.nan, dtype)
+                position = {row.id: i for i, row in enumerate(part)}
+                rendered = sorted(bench.render_each(part, config), key=lambda row: len(row.ids), reverse=True)
+                for group in (rendered[i : i + batch_size] for i in range(0, len(rendered), batch_size)):
+                    bench.stop()
+                    began = time.perf_counter()
+                    batch = collate(group, bench.pad_id, weigh(group, config.reduction)).to(ctx.device)
+                    found = measure(batch).detach().reshape(len(group), width).cpu().numpy()
+                    values[[position[row.row_id] for row in group]] = found
+                    if not told:  # the longest batch is the pilot: what it needs in memory is enough for the others
+                        share = _padded(group, batch_size) / _padded(rendered, batch_size)
+                        seconds = (time.perf_counter() - began) / share * (len(rows) - start) / len(part)
+                        _tell(bar, name, len(rows) - start, seconds, ctx.device)
+                        told = True
+                store.put(start, content, values)
+            bar.update(len(part))
+    return store.matrix()
+
+
+@dataclass
+class _Chunks:
+    """A matrix in one .npy file, and beside it an empty file START-DIGEST for each chunk that is finished."""
+
+    folder: Path
+    shape: tuple[int, int]
+    dtype: np.dtype
+
+    def __post_init__(self) -> None:
+        self.file = self.folder / "matrix.npy"
+        if self.file.exists():
+            held = self.matrix()
+            if (held.shape, held.dtype) == (self.shape, self.dtype):
+                return
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        temporary = self.file.with_suffix(".partial")
+        np.lib.format.open_memmap(temporary, "w+", self.dtype, self.shape)  # sparse: only the header is written
+        temporary.replace(self.file)
+
+    def matrix(self) -> np.ndarray:
+        return np.load(self.file, mmap_mode="r")
+
+    def has(self, start: int, content: str) -> bool:
+        return (self.folder / f"{start}-{content}").exists()
+
+    def put(self, start: int, content: str, values: np.ndarray) -> None:
+        """Written as a file and not through the map, where a full disk would be a signal and no error."""
+        for stale in self.folder.glob(f"{start}-*"):
+            stale.unlink()
+        offset = self.matrix().offset + start * values[:1].nbytes  # type: ignore[attr-defined]
+        with self.file.open("r+b") as file:
+            file.seek(offset)
+            file.write(values.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        (self.folder / f"{start}-{content}").touch()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off, each module's mode restored."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _padded(rendered: Sequence[Rendered], batch_size: int) -> int:
+    """Tokens of all batches, padding included; the first row of each is its longest."""
+    return sum(len(rendered[i].ids) * len(rendered[i : i + batch_size]) for i in range(0, len(rendered), batch_size))
+
+
+def _tell(bar: tqdm, name: str, rows: int, seconds: float, device: torch.device) -> None:
+    if device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(device)
+    else:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    text = f"{name}: {rows:,} rows, about {seconds / 60:.1f} min and {memory / 2**30:.1f} GiB of {device.type} memory"
+    log.info(text)
+    if not bar.disable:
+        bar.write(text)

@@ -1,0 +1,54 @@
+"""Selectors over a pool that is larger than the memory they may take, and killed in the middle of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import streaming_cases as cases
+
+from apothecary.data.rows import read_rows
+
+SCRIPT = Path(cases.__file__)
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to measure the peak")
+@pytest.mark.parametrize("method", cases.FIELDS)
+def test_the_pool_need_not_fit_in_memory(tmp_path, method):
+    """Against the same rows without their ballast, the stage may take half of the ballast's size at most."""
+    process = start(tmp_path, method)
+    found = json.loads(process.communicate()[0])
+    assert found["file"] > 80e6
+    assert found["large"] - found["small"] < 0.5 * found["file"]
+    assert found["all"] - found["small"] > 0.9 * found["file"], "rows in memory would have been seen"
+    kept = read_rows(tmp_path / "stage" / "small" / "rows.jsonl")
+    assert [row.id for row in kept] == [row.id for row in read_rows(tmp_path / "stage" / "large" / "rows.jsonl")]
+    assert len(kept) == cases.ROWS // 2
+
+
+@pytest.mark.parametrize("method", cases.FIELDS)
+def test_killed_in_the_middle_it_goes_on_where_it_was(tmp_path, method):
+    pool = cases.write_pool(tmp_path / "pool", 2048, 0)
+    whole = cases.curate(tmp_path / "whole", method, pool)
+    process = start(tmp_path / "killed", method, pool)
+    sweep = tmp_path / "killed" / "stage" / "pool" / "checkpoints" / "sweep"
+    while process.poll() is None and not list(sweep.glob("*/512-*")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    done = {path: path.stat().st_mtime_ns for path in sweep.glob("*/*-*")}
+    assert not [path for path in done if path.name.startswith("1536-")], "it was killed before the last chunk"
+    assert cases.curate(tmp_path / "killed", method, pool) == whole
+    assert {path: path.stat().st_mtime_ns for path in done} == done, "finished chunks were not made again"

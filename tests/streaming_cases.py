@@ -1,0 +1,83 @@
+"""What `curate/test_streaming.py` runs as a process of its own: the curate stage over a pool in a file."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from benches import make_rows
+from tiny import tiny_model, tiny_tokenizer
+
+from apothecary.data.rows import RowFile, write_rows
+from apothecary.models.load import LoadedModel
+from apothecary.models.settings import ModelConfig
+from apothecary.pipeline.stage import Job
+from apothecary.pipeline.steps import chain, training
+from apothecary.pipeline.store import Artifact
+
+_WARM = {"max_steps": 2, "batch_size": 4, "save_every": 1}
+_EPOCH = {"epochs": 1, "batch_size": 4, "save_every": 1}
+FIELDS: dict[str, dict[str, Any]] = {  # of each selector that streams
+    "el2n": {"checkpoints": 1, "warmup": _WARM},
+    "less": {"share": 0.01, "projection_dim": 64, "warmup": _EPOCH},
+    "less_sgd": {"share": 0.01, "warmup": _EPOCH},
+}
+
+
+def write_pool(folder: Path, rows: int, ballast: int) -> Path:
+    """A pool of small rows, each with `ballast` bytes that no selector reads."""
+    folder.mkdir(parents=True)
+    write_rows(folder / "rows.jsonl", (row_with(row, "x" * ballast) for row in make_rows("pool", rows)))
+    return folder
+
+
+def row_with(row: Any, text: str) -> Any:
+    row.meta["ballast"] = text
+    return row
+
+
+def curate(root: Path, method: str, pool: Path) -> dict[str, float]:
+    """Run the stage in `root`/`pool's name`; the scores."""
+    validation = root / "validation"
+    if not validation.exists():
+        validation.mkdir(parents=True)
+        write_rows(validation / "rows.jsonl", make_rows("validation", 4))
+    chain.load = lambda job, aligned=True: LoadedModel(tiny_model(), tiny_tokenizer(), ModelConfig())  # type: ignore
+    folder = root / "stage" / pool.name
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"kind": "curate", "method": method, "fields": FIELDS[method], "keep": 0.5, "seed": 0}
+    training.curate(Job(config, {"rows": Artifact(pool), "aux.validation": Artifact(validation)}, folder))
+    return json.loads((folder / "scores.json").read_text())
+
+
+def peak() -> int:
+    """The largest resident memory so far, in bytes; a new measurement begins."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    found = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    Path("/proc/self/clear_refs").write_text("5")
+    return found
+
+
+def main(root: Path, method: str) -> None:
+    """Peaks of the stage over small rows, over large rows, and of the large rows all in memory."""
+    small, large = write_pool(root / "small", ROWS, 0), write_pool(root / "large", ROWS, BALLAST)
+    peaks = []
+    for pool in (small, small, large):  # the first one warms up
+        curate(root, method, pool)
+        peaks.append(peak())
+    held = list(RowFile(large / "rows.jsonl"))
+    print(json.dumps({"file": (large / "rows.jsonl").stat().st_size, "small": peaks[1], "large": peaks[2],
+                      "all": peak(), "rows": len(held)}))  # fmt: skip
+
+
+ROWS, BALLAST = 2048, 40_000  # 80 MB; 512 rows are in memory at a time
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if len(sys.argv) > 3:
+        curate(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
+    else:
+        main(Path(sys.argv[1]), sys.argv[2])
