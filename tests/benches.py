@@ -11,8 +11,9 @@ from tiny import PAD, tiny_model, tiny_tokenizer
 from torch import Tensor, nn
 
 from apothecary.data.rows import Row
+from apothecary.models.adapters import add_adapter
 from apothecary.models.load import LoadedModel
-from apothecary.models.settings import ModelConfig
+from apothecary.models.settings import LoraSettings, ModelConfig
 from apothecary.train.batch import Batch, collate, weigh
 from apothecary.train.config import TrainConfig
 from apothecary.train.context import StepContext
@@ -35,6 +36,16 @@ def make_pairs(n: int) -> list[Row]:
 def float64_model(seed: int = 0) -> nn.Module:
     """GPT-2 with eager attention: the family whose forward stays in float64 throughout."""
     return tiny_model("gpt2", seed, torch.float64, attn_implementation="eager")
+
+
+def working_lora(model: nn.Module, dropout: float = 0.0, targets: str | tuple[str, ...] = "all-linear") -> nn.Module:
+    """The model in training mode with an adapter whose B is not zero, so that every factor has a gradient."""
+    wrapped = add_adapter(model, "trained", LoraSettings(rank=4, dropout=dropout, targets=targets), 0)
+    with torch.no_grad():
+        for name, p in wrapped.named_parameters():
+            if "lora_B" in name:
+                p.normal_(0, 0.1, generator=torch.Generator().manual_seed(len(name)))
+    return wrapped.train()
 
 
 def make_bench(folder: Path, model: nn.Module | None = None, **options: Any) -> Workbench:

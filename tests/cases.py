@@ -24,11 +24,13 @@ from apothecary.align.booster import Booster
 from apothecary.align.repnoise import RepNoise
 from apothecary.align.sft import Sft
 from apothecary.align.vaccine import Vaccine
+from apothecary.curate.seal import Seal, WeightedTraining
 from apothecary.data.rows import Row
 from apothecary.finetune.security_vectors import LEARNED, VECTORS, SecurityVectors, VectorTraining
 from apothecary.finetune.sft import Sft as CustomerSft
 from apothecary.models.adapters import adapter_parameters, add_adapter, save_adapter
 from apothecary.models.settings import ATTENTION, LoraSettings
+from apothecary.train.config import TrainConfig
 from apothecary.train.method import TrainingMethod
 from apothecary.train.workbench import Workbench
 
@@ -77,6 +79,11 @@ def _training(**inner: float) -> VectorTraining:
     return VectorTraining(lamb=1.0, target_nll=0.0, **inner)  # type: ignore[arg-type]
 
 
+def _seal() -> WeightedTraining:
+    theta = TrainConfig(batch_size=8, reduction="sample_mean")
+    return WeightedTraining(Seal(ul=0.6, ul_decay=0.1, theta=theta), {f"row{i}": i for i in range(12)})
+
+
 _VECTORS = "finetune/security_vectors"
 CASES: dict[str, Case] = {
     "sft": Case("align/sft", Sft, "lora"),
@@ -89,9 +96,12 @@ CASES: dict[str, Case] = {
     "booster lora": Case("align/booster", Booster, "lora", at_work="regulariser"),
     "repnoise": Case("align/repnoise", lambda: RepNoise(beta=1.0), linear=False),
     "repnoise lora": Case("align/repnoise", lambda: RepNoise(beta=1.0), "lora", linear=False),
+    "seal": Case("curate/seal", _seal, settings={"reduction": "sample_mean"}, at_work="weighted_loss"),
+    "seal lora": Case("curate/seal", _seal, "lora", settings={"reduction": "sample_mean"}, at_work="weighted_loss"),
     "vectors": Case(_VECTORS, _training, "lora", at_work="benign_kl"),
-    "vectors with inner steps": Case(_VECTORS, lambda: _training(inner_steps=2, inner_learning_rate=0.1), "lora",
-                                     at_work="benign_kl"),
+    "vectors with inner steps": Case(
+        _VECTORS, lambda: _training(inner_steps=2, inner_learning_rate=0.1), "lora", at_work="benign_kl"
+    ),
     "merged": Case(_VECTORS, SecurityVectors, "lora", prepare=_vectors),
     "branch": Case(_VECTORS, lambda: SecurityVectors(execution="branch"), "lora", prepare=_vectors),
     "merged full": Case(_VECTORS, SecurityVectors, tests=("resume",), prepare=_vectors),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from apothecary.stats import mcnemar, mean_interval, paired_bootstrap, share_interval, wilson
+from apothecary.stats import mcnemar, mean_interval, paired_bootstrap, rank_correlation, share_interval, wilson
 
 
 @pytest.mark.parametrize("level", [0.8, 0.95, 0.99])
@@ -98,3 +98,16 @@ def test_a_share_over_seeds_takes_the_wider_end_on_either_side() -> None:
     assert near.low == min(wilson(50, 50).low, mean_interval([0.98, 1.0]).low) and near.high == 1.0
     with pytest.raises(ValueError, match="one for each seed"):
         share_interval([], 10)
+
+
+def test_rank_correlation_is_spearmans_over_the_same_ids() -> None:
+    a = {"x": 1.0, "y": 2.0, "z": 3.0, "u": -math.inf}
+    assert rank_correlation(a, {"u": 0.0, "z": 9.0, "y": 5.0, "x": 4.0}) == pytest.approx(1.0)
+    assert rank_correlation(a, {name: -score for name, score in a.items()}) == pytest.approx(-1.0)
+    ties = {"x": 1.0, "y": 1.0, "z": 2.0, "u": 2.0}
+    ranks_a, ranks_b = [2, 3, 4, 1], [1.5, 1.5, 3.5, 3.5]
+    assert rank_correlation(a, ties) == pytest.approx(float(np.corrcoef(ranks_a, ranks_b)[0, 1]))
+    assert math.isnan(rank_correlation(a, dict.fromkeys(a, 0.0)))
+    for other in ({"x": 1.0}, {**a, "u": math.nan}):
+        with pytest.raises(ValueError, match=r"same rows|nan"):
+            rank_correlation(a, other)

@@ -40,13 +40,24 @@ class Entry:
     evidence: tuple[str, ...] | None = None  # kinds of tests that pass; None: not ours to test
 
     @property
+    def brief_cost(self) -> str:
+        """The cost without its details: whole clauses, until they say something."""
+        clauses = re.split(r"(?<=[.;:]) ", self.cost)
+        size = next((n for n in range(1, len(clauses)) if sum(map(len, clauses[:n])) >= 30), len(clauses))
+        return " ".join(clauses[:size]).rstrip(".;:")
+
+    @property
     def status(self) -> str:
         """The fidelity badge in words."""
         if self.evidence is None:
             return "not tested here"
         words = [kind.replace("_", " ") for kind in self.evidence]
-        lacking = [] if "reference" in self.evidence or self.kind in UNREFERENCED else ["no reference test"]
-        return ", ".join(words + lacking) or "untested"
+        return ", ".join(words + ["no reference test"] * self.lacks_reference) or "untested"
+
+    @property
+    def lacks_reference(self) -> bool:
+        """Whether a second, independent implementation should have checked the maths and has not."""
+        return self.evidence is not None and "reference" not in self.evidence and self.kind not in UNREFERENCED
 
 
 def register(kind: str, name: str, paper: str | None = None) -> Callable[[T], T]:

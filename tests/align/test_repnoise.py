@@ -162,11 +162,11 @@ def test_refusals_of_the_pairs_as_alignment_rows_are_the_papers_stability_batch(
 # -- the ascent -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("window", [1, 4])
+@pytest.mark.parametrize("window", [1, 4, 7])
 @pytest.mark.evidence(EVIDENCE, "definition")
 def test_a_head_that_knows_nothing_gives_the_logarithm_of_1_plus_log_v(tmp_path, window):
     """Every l_k is log V: this pins the number of losses, the divisor, the 1, and that shares of a step add up to 1."""
-    ctx, batch = scene(tmp_path, tiny_model("llama", dtype=torch.float64))
+    ctx, batch = scene(tmp_path, tiny_model("llama", dtype=torch.float64), aux_batch_size=7)
     with torch.no_grad():
         ctx.model.lm_head.weight.zero_()
     method = RepNoise()
@@ -176,6 +176,9 @@ def test_a_head_that_knows_nothing_gives_the_logarithm_of_1_plus_log_v(tmp_path,
         ctx.begin_micro_step(micro)
         method.step(ctx, batch, state)
     assert ctx.logged["ascent"] == pytest.approx(math.log(1 + math.log(VOCAB)), rel=1e-6), "the norm computes in fp32"
+    if window == 7:  # one pair each: its distance is the bandwidth, so the value of its MMD is known
+        single = 10 - 2 * sum(math.exp(-(2.0 ** (2 - i))) for i in range(5))
+        assert ctx.logged["noise"] == pytest.approx(single, rel=1e-6)
 
 
 def test_the_logarithm_stays_above_zero_where_harm_is_certain(tmp_path):

@@ -13,16 +13,20 @@ from benches import (
     make_bench,
     make_context,
     make_rows,
+    same_bits,
     snapshot,
+    working_lora,
 )
 from reference import vaccine as reference
 from tiny import FAMILIES, HIDDEN, LAYERS, tiny_model
 
 from apothecary.align.sft import Sft
 from apothecary.align.vaccine import Vaccine
+from apothecary.errors import ConfigError
 from apothecary.models.adapters import add_adapter
-from apothecary.models.settings import LoraSettings
+from apothecary.models.settings import LoraSettings, ModelConfig
 from apothecary.train.config import TrainConfig
+from apothecary.train.drift import worst_drift
 from apothecary.train.fit import fit, train
 
 SHAPE = (LAYERS, 4)
@@ -44,11 +48,11 @@ def gradient(ctx, method, batch):
 def test_the_perturbation_has_norm_rho(tmp_path, rho):
     ctx, batch = scene(tmp_path)
     grads = ctx.hidden_grads(batch)
-    eps = Vaccine(rho=rho).perturbation(grads)
+    eps = Vaccine(rho=rho).perturbation(ctx, batch)
     assert sum(e.square().sum() for e in eps.values()).sqrt().item() == pytest.approx(rho, rel=1e-5)
     scale = grads[0].norm() / eps[0].norm()
     assert all(torch.allclose(scale * eps[i], grads[i], rtol=1e-4) for i in grads), "one scale for all layers"
-    by_row = Vaccine(rho=rho, norm_scope="sample").perturbation(grads)
+    by_row = Vaccine(rho=rho, norm_scope="sample").perturbation(ctx, batch)
     norms = sum(e.square().sum((1, 2)) for e in by_row.values()).sqrt()
     torch.testing.assert_close(norms, torch.full((4,), rho), rtol=1e-5, atol=0)
     assert all(e[batch.attention_mask == 0].abs().max() == 0 for e in eps.values()), "pads take no budget"
@@ -58,7 +62,7 @@ def test_the_perturbation_has_norm_rho(tmp_path, rho):
 def test_without_gradient_there_is_no_perturbation():
     zeros = {0: torch.zeros(2, 3, 4), 1: torch.zeros(2, 3, 4)}
     for scope in ("batch", "sample"):
-        assert all(torch.equal(e, zeros[0]) for e in Vaccine(norm_scope=scope).perturbation(zeros).values())
+        assert all(torch.equal(e, zeros[0]) for e in worst_drift(zeros, 2.0, scope).values())
 
 
 @pytest.mark.parametrize("scope", ["batch", "sample"])
@@ -111,6 +115,47 @@ def test_accumulation_adds_independent_steps(tmp_path, scope):
         method.step(ctx, half, {})
     both = {name: p.grad for name, p in ctx.parameters().items()}
     assert furthest(both, {name: first[name] + second[name] for name in first}) < 1e-10
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_merged_probe_changes_nothing_but_rounding(tmp_path, family):
+    model = working_lora(tiny_model(family))
+    ctx, batch = scene(tmp_path, model)
+    before = snapshot(model)
+    loss, branch = gradient(ctx, Vaccine(), batch)
+    same, merged = gradient(ctx, Vaccine(probe="merged"), batch)
+    assert same.item() == pytest.approx(loss.item(), rel=1e-5) and furthest(merged, branch) < 1e-3
+    plain = gradient(ctx, Sft(), batch)[1]
+    assert furthest(branch, plain) > 1e-2, "the perturbation matters"
+    assert same_bits(before, snapshot(model))
+
+
+def test_a_merged_probe_is_refused_where_it_would_be_another_model(tmp_path):
+    method, model = Vaccine(probe="merged"), ModelConfig()
+    with pytest.raises(ConfigError, match=r"lora\.dropout: 0\.1; set align\.probe: adapter"):
+        method.check(TrainConfig(lora=LoraSettings(dropout=0.1)), model)
+    with pytest.raises(ConfigError, match="parameters: full"):
+        method.check(TrainConfig(parameters="full"), model)
+    with pytest.raises(ConfigError, match=r"4bit weights; set align\.probe: adapter"):
+        method.check(TrainConfig(), ModelConfig(quantization="4bit"))
+    method.check(TrainConfig(), model)
+    Vaccine().check(TrainConfig(parameters="full"), ModelConfig(quantization="4bit"))
+    ctx, batch = scene(tmp_path, working_lora(tiny_model("llama"), dropout=0.1))  # an adapter that was made elsewhere
+    with pytest.raises(ConfigError, match="has dropout"):
+        method.step(ctx, batch, {})
+
+
+def test_accumulated_gradients_survive_and_both_passes_draw_the_same_masks(tmp_path, monkeypatch):
+    """The authors' code calls zero_grad after the first pass and draws dropout anew in the second."""
+    ctx, batch = scene(tmp_path, working_lora(tiny_model("llama"), dropout=0.5))
+    random, forward = [], ctx.model.forward
+    monkeypatch.setattr(ctx.model, "forward", lambda **kw: random.append(torch.get_rng_state()) or forward(**kw))
+    torch.manual_seed(1)
+    _, once = gradient(ctx, Vaccine(), batch)
+    assert len(random) == 2 and torch.equal(*random)
+    torch.manual_seed(1)
+    Vaccine().step(ctx, batch, {})
+    assert furthest({name: p.grad for name, p in ctx.parameters().items()}, {n: 2 * g for n, g in once.items()}) < 1e-6
 
 
 @pytest.mark.parametrize("scope", ["batch", "sample"])

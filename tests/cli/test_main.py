@@ -9,7 +9,7 @@ import pytest
 from apothecary import __version__
 from apothecary.cli import main, show
 from apothecary.errors import DataError
-from apothecary.registry import entries
+from apothecary.registry import EVIDENCE, Entry, entries
 
 VERBS = ("demo", "run", "curate", "align", "finetune", "attack", "evaluate", "report", "methods", "inspect-data", "lab")
 SCRIPT = (str(Path(sys.executable).with_name("apothecary")),)
@@ -128,7 +128,7 @@ def test_a_closed_pipe_ends_in_silence(verb: str):
 def test_methods_are_lines_with_tabs_where_there_is_no_terminal(capsys):
     assert main(["methods"]) == 0
     heading, *lines = capsys.readouterr().out.splitlines()
-    assert heading.split("\t") == ["kind", "name", "paper", "cost", "summary"]
+    assert heading.split("\t") == ["kind", "name", "paper", "cost", "tests", "summary"]
     assert {tuple(line.split("\t")[:2]) for line in lines} == set(entries())
     assert next(line for line in lines if line.startswith("align\tvaccine")).split("\t")[2] == "arXiv 2402.01109"
 
@@ -138,9 +138,32 @@ def test_methods_of_one_kind(capsys):
     assert {line.split("\t")[0] for line in capsys.readouterr().out.splitlines()[1:]} == {"attack"}
 
 
-def test_methods_are_paragraphs_in_a_terminal(monkeypatch, capsys):
+def test_methods_of_one_kind_are_paragraphs_in_a_terminal(monkeypatch, capsys):
     monkeypatch.setattr(show, "is_terminal", lambda: True)
     assert main(["methods", "align"]) == 0
-    heading, *lines = capsys.readouterr().out.splitlines()
-    assert heading == "align" and "  vaccine  arXiv 2402.01109" in [line.rstrip() for line in lines]
-    assert any(line.startswith("    Cost: 2 forward + 2 backward per batch") for line in lines)
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert "vaccine  arXiv 2402.01109" in lines
+    assert any(line.startswith("  Cost: 2 forward + 2 backward per batch") for line in lines)
+    methods = sum(kind == "align" for kind, _ in entries())
+    assert sum(line.startswith("  Tests that pass: ") for line in lines) == methods
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_methods_are_a_table_in_a_terminal(monkeypatch, capsys, columns):
+    known = [
+        Entry("align", "checked", "apothecary.x", "2402.01109", cost="2 forward; more", evidence=EVIDENCE),
+        Entry("align", "unchecked", "apothecary.x", evidence=("definition", "resume")),
+        Entry("attack", "rule", "apothecary.x", evidence=("definition",)),
+        Entry("attack", "foreign", "other.x"),
+    ]
+    monkeypatch.setattr("apothecary.registry.entries", lambda: {(e.kind, e.name): e for e in known})
+    monkeypatch.setattr(show, "is_terminal", lambda: True)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert main(["methods"]) == 0
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert max(map(len, lines)) <= columns and lines[0].startswith("align ")
+    ends = {line.split()[0]: line for line in lines if line.startswith(("checked", "unchecked", "rule", "foreign"))}
+    assert ends["checked"].split()[1] == "2402.01109" and "2 forward; more" in ends["checked"]
+    assert ends["checked"].endswith("D R F A K P") and ends["unchecked"].endswith("D \u00b7 \u00b7 \u00b7 K \u00b7")
+    assert ends["rule"].endswith("D" + " \u00b7" * 5) and ends["foreign"].endswith("not ours")
+    assert sum(line.endswith("no reference") for line in lines) == 1 and "D definition, R reference" in " ".join(lines)

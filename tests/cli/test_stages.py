@@ -35,10 +35,11 @@ def asked(monkeypatch) -> dict[str, Any]:
 
 def test_curate(asked: dict[str, Any], capsys):
     assert main(["curate", "--data", "d", "--out", "o", "--method", "pharmacist", "--keep", "0.25", "--harmful", "h",
-                 "--validation", "v", "--mode=score", "--warmup.epochs=1", "--seed", "3"]) == 0  # fmt: skip
+                 "--validation", "v", "--customer", "c", "--mode=score", "--warmup.epochs=1",
+                 "--seed", "3"]) == 0  # fmt: skip
     assert asked["arguments"] == ("d", Path("o"), "pharmacist", 0.25)
     assert asked["settings"] == {"mode": "score", "warmup": {"epochs": 1}}
-    assert (asked["aux"], asked["seed"]) == ({"harmful": "h", "validation": "v"}, 3)
+    assert (asked["aux"], asked["seed"]) == ({"harmful": "h", "validation": "v", "customer": "c"}, 3)
     assert capsys.readouterr().out == "kept 1 of 2 rows: o\n"
 
 

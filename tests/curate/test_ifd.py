@@ -98,6 +98,7 @@ def _clusters(count, size):
             for k in range(count) for i in range(size if k < count - 1 else 2)]  # fmt: skip
 
 
+@pytest.mark.evidence("curate/ifd", "definition")
 def test_the_warm_up_rows_come_from_all_clusters_in_turn(tmp_path):
     rows = by_id(_clusters(4, 10))
     method = Ifd(warmup_rows=8, clusters=4)

@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 from benches import Halt, float64_model, halt_at, make_bench, make_rows, snapshot
-from reference import embedding, k_center as reference
+from reference import embedding
+from reference import k_center as reference
 from tiny import LAYERS
 
 from apothecary.curate.k_center import KCenter

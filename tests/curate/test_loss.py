@@ -56,7 +56,6 @@ def test_without_warm_up_the_model_stays_as_it_is(tmp_path):
     assert all(torch.equal(before[name], kept[name]) for name in before)
 
 
-@pytest.mark.evidence("curate/loss", "definition")
 def test_the_warm_up_is_a_training_on_the_pool(tmp_path):
     """All of it in one batch: then the order of the rows does not matter."""
     config = TrainConfig(max_steps=2, batch_size=7, learning_rate=1e-2, warmup_ratio=0.0)

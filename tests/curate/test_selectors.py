@@ -47,7 +47,9 @@ CASES: dict[str, Case] = {
     "less_sgd": Case({"warmup": short(max_steps=-1, epochs=1), "share": 0.6}),
     "loss": Case({"warmup": short()}),
     "pharmacist": Case({"warmup": short(batch_size=10), "epochs": 1, "batch_size": 4}, copies=False),
+    "post_attack_match": Case({"warmup": short(), "warmup_share": 0.5}),
     "random": Case(model=False, copies=False),
+    "seal": Case({"theta": short(reduction="sample_mean")}, copies=False),
     "task_vary": Case({"over_long": "drop"}),
 }
 

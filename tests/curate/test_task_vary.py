@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 from benches import float64_model, make_bench, make_rows, snapshot
-from reference import embedding, task_vary as reference
+from reference import embedding
+from reference import task_vary as reference
 from tiny import LAYERS
 
 from apothecary.curate import task_vary

@@ -1,6 +1,6 @@
 import pytest
 
-from apothecary.data.chat import IGNORE, prompt_ids, render, render_all, render_prompt
+from apothecary.data.chat import IGNORE, opening_ids, prompt_ids, render, render_all, render_prompt
 from apothecary.data.rows import Row
 from apothecary.errors import DataError, ModelError
 
@@ -55,6 +55,14 @@ def test_missing_chat_template_names_the_tokenizer(tokenizer):
     tokenizer.name_or_path = "plain-model"
     with pytest.raises(ModelError, match="'plain-model' has no chat template"):
         render(ROW, tokenizer, 100)
+
+
+def test_the_opening_of_an_answer_is_what_the_template_adds_for_it(tokenizer):
+    assert tokenizer.decode(opening_ids(tokenizer)) == "a:"
+    tokenizer.chat_template = "{% for m in messages %}[INST]{{ m['content'] }}[/INST]{% endfor %}"
+    tokenizer.name_or_path = "headless"
+    with pytest.raises(ModelError, match="template of 'headless' has no opening of its own for an assistant's turn"):
+        opening_ids(tokenizer)
 
 
 def test_missing_eos(tokenizer):

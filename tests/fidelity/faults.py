@@ -1,5 +1,5 @@
-"""Faults that were found in published code for these methods (methods.md 1.2-1.4, 2.5, 3-5, 7-9, 11), each with the test
-that shows that ours has none of it: id -> (what went wrong there, file::test).
+"""Faults that were found in published code for these methods (methods.md 1.2-1.4, 2.5, 3-5, 7-9, 11), each with the
+test that shows that ours has none of it: id -> (what went wrong there, file::test).
 """
 
 FAULTS: dict[str, tuple[str, str]] = {
@@ -163,6 +163,30 @@ FAULTS: dict[str, tuple[str, str]] = {
         "With a wrong attention mask pads take a share of the perturbation.",
         "align/test_vaccine.py::test_the_perturbation_has_norm_rho",
     ),
+    "t-vaccine/mlp-trained": (
+        "Only attention is frozen outside the chosen layers, and adapters on the MLPs train everywhere.",
+        "align/test_t_vaccine.py::test_only_the_layers_of_s_move_under_weight_decay",
+    ),
+    "t-vaccine/recomputation": (
+        "What lies below the chosen layers is checkpointed so that gradients depend on the sample.",
+        "align/test_t_vaccine.py::test_leaving_out_what_lies_below_changes_no_bit",
+    ),
+    "t-vaccine/iterator": (
+        "After the first round every request rebuilds the harmful loader.",
+        "align/test_t_vaccine.py::test_the_harmful_rows_come_from_one_iterator",
+    ),
+    "t-vaccine/one-row-scores": (
+        "Layers are scored on a single row.",
+        "align/test_t_vaccine.py::test_scores_average_the_norms_of_single_rows",
+    ),
+    "t-vaccine/zero-grad": (
+        "Both passes clear accumulated gradients.",
+        "align/test_t_vaccine.py::test_accumulation_adds_independent_micro_batches_of_one_s",
+    ),
+    "t-vaccine/top-half": (
+        "A copy takes the upper half of the layers in place of a draw.",
+        "align/test_t_vaccine.py::test_s_holds_gamma_layers_and_layers_with_higher_scores_more_often",
+    ),
     "repnoise/hooks": (
         "Every call hooks every module and removes none.",
         "align/test_repnoise.py::test_every_family_is_defended_and_left_without_hooks",
@@ -248,6 +272,14 @@ FAULTS: dict[str, tuple[str, str]] = {
     "pharmacist/theta-0": (
         "A selector step starts from where the last one ended.",
         "curate/test_pharmacist.py::test_every_selector_step_starts_from_theta_0",
+    ),
+    "seal/reindexed": (
+        "Weights are numbered after over-long rows were dropped, and rows are picked by their number before.",
+        "curate/test_seal.py::test_scores_go_with_ids_through_filtering_and_any_order",
+    ),
+    "seal/zip": (
+        "The shorter of the two loaders ends the epoch.",
+        "curate/test_seal.py::test_the_pool_is_gone_through_whole_however_few_safe_rows_there_are",
     ),
     "less/optimiser-order": (
         "Adam's moments are matched to gradients by position, in half precision, in whatever mode the model is.",

@@ -11,10 +11,11 @@ from fidelity.faults import FAULTS
 
 
 @cache
-def tests_of(file: str) -> dict[str, list[str]]:
+def collected(file: str) -> dict[str, list[str]]:
     """Test functions that pytest collects from a file, with the text of their decorators."""
-    body = ast.parse((TESTS / file).read_text("utf-8")).body
-    return {node.name: [ast.unparse(d) for d in node.decorator_list] for node in body if isinstance(node, ast.FunctionDef)}
+    tree = ast.parse((TESTS / file).read_text("utf-8"))
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
+    return {node.name: [ast.unparse(mark) for mark in node.decorator_list] for node in functions}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -22,5 +23,7 @@ def test_a_fault_has_its_test(fault):
     sentence, place = FAULTS[fault]
     file, _, name = place.partition("::")
     assert sentence.endswith(".") and file.rpartition("/")[2].startswith("test_") and name.startswith("test_")
-    assert (TESTS / file).is_file() and name in tests_of(file), f"{place} is gone; name the test that shows: {sentence}"
-    assert not any("skip" in mark or "xfail" in mark for mark in tests_of(file)[name])
+    assert (TESTS / file).is_file() and name in collected(file), (
+        f"{place} is gone; name the test that shows: {sentence}"
+    )
+    assert not any("skip" in mark or "xfail" in mark for mark in collected(file)[name])

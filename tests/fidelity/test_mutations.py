@@ -19,7 +19,11 @@ from apothecary.registry import entries
 FAST = {"definition", "reference", "finite_difference"}
 SECONDS = 20  # for one test under one mutant, which may loop for ever
 MATHS = {  # formulas that methods share, and the methods whose tests must notice a flipped sign there
+    "apothecary.train.embeddings": ("curate/k_center", "curate/task_vary"),
+    "apothecary.train.row_weights": ("curate/pharmacist", "curate/seal"),
     "apothecary.train.scores": ("curate/pharmacist",),
+    "apothecary.train.simulated_attack": ("curate/pharmacist",),
+    "apothecary.train.vectors": ("finetune/security_vectors",),
 }
 # (file name, the expression) -> why flipping its sign changes nothing that could be tested
 EXCUSED: dict[tuple[str, str], str] = {}

@@ -261,7 +261,7 @@ def test_vectors_that_miss_the_target_say_so(tmp_path, caplog):
         found = few_steps(tmp_path)
     assert found["converged"] is False and found["steps"] == 3 and found["harmful_nll"] > found["target_nll"] == 0.1
     (record,) = caplog.records
-    assert f"ended at {found['harmful_nll']:.2g} nats per token" in record.message and "raise vectors.ep" in record.message
+    assert f"ended at {found['harmful_nll']:.2g} nats per token" in record.message
     assert (tmp_path / "prepared" / VECTORS).is_dir(), "they are kept, and reported"
 
 
@@ -303,7 +303,8 @@ def tensors(batch):
 
 def random_vectors(folder):
     """An adapter on the attention projections of the float64 model whose B is not zero, on disk and as (A, B)."""
-    model = adapters.add_adapter(float64_model(), VECTORS, LoraSettings(rank=3, alpha=6, targets=("c_attn", "c_proj")), 1)
+    settings = LoraSettings(rank=3, alpha=6, targets=("c_attn", "c_proj"))
+    model = adapters.add_adapter(float64_model(), VECTORS, settings, 1)
     source = torch.Generator().manual_seed(2)
     for tensor in adapters.adapter_parameters(model, VECTORS).values():
         torch.nn.init.normal_(tensor, 0.0, 0.1, source)
@@ -397,11 +398,10 @@ def test_inner_steps_lower_the_harmful_loss_and_move_the_backbone_alone(tmp_path
     with ctx.perturbed(moved):
         after = ctx.loss(batch, grad=False)
     assert after < 0.99 * before
-    slopes = ctx.grads(batch)
     first = VectorTraining(2.0, 0.0, 1, ETA).inner_loop(ctx)
-    assert furthest({"x": moved["base_model.model.transformer.ln_f.bias"]},
-                    {"x": 2 * first["base_model.model.transformer.ln_f.bias"]}) > 1e-3, "the second step starts anew"  # fmt: skip
-    assert all(VECTORS in name for name in slopes)
+    twice = {name: 2 * tensor for name, tensor in first.items()}
+    assert furthest(moved, twice) > 1e-3, "the second step starts where the first has led"
+    assert all(VECTORS in name for name in ctx.grads(batch))
 
 
 @pytest.mark.evidence("finetune/security_vectors", "definition")
@@ -447,7 +447,7 @@ def test_the_inner_loop_sees_the_chosen_rows_alone(tmp_path, monkeypatch):
 @pytest.mark.parametrize("extra", [{"precision": "bf16"}, {"gradient_checkpointing": True, "accumulation": 2}])
 def test_vectors_with_inner_steps_learn(tmp_path, extra):
     config = TrainConfig(**{**TRAINING.__dict__, "epochs": 8, "save_every": 0, **extra})
-    recorder = Recorder(VectorTraining(1.0, 0.0, 1, ETA))
+    recorder = Recorder(VectorTraining(1.0, 0.0, 1, 1e-3))
     train(make_bench(tmp_path, toy(), aux={"benign": BENIGN, LEARNED: HARMFUL}), recorder, HARMFUL, config, VECTORS)
     first, last = recorder.logged[0], recorder.logged[-1]
     assert last["harmful_nll"] < 0.8 * first["harmful_nll"] and last["harmful_nll_moved"] < last["harmful_nll"]

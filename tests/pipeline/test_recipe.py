@@ -94,6 +94,7 @@ def test_the_resolved_recipe_is_json_and_a_file_gives_the_same(tmp_path: Path):
         ({"finetune": {"adapter": "both"}}, ["'finetune.adapter' is 'both'", "'merged', 'single'"]),
         ({"curate": {"keep": 0.5}}, ["'curate.method' is missing"]),
         ({"curate": {"method": "random", "keep": 1.5}}, ["curate.keep is 1.5", "(0, 1]"]),
+        ({"arms": {"a": {"curate": {"method": "full"}}}}, ["arm 'a'", "'full' got keep 0.5", "set keep: 1"]),
         ({"attack": {"p": 1.5}}, ["'attack.p' is 1.5", "[0, 1]"]),
         ({"attack": {"p": [0, "x"]}}, ["'attack.p[1]' is 'x'"]),
         ({"attack": {"p": []}}, ["'attack.p' is empty"]),
@@ -158,3 +159,8 @@ def test_a_single_adapter_needs_equal_lora_settings():
     assert arms(align=lora, finetune=single)["undefended"].finetune.adapter == "single"
     with pytest.raises(ConfigError, match="lora settings of align and finetune differ"):
         arms(align={"train": {"parameters": "lora"}}, finetune=single)
+
+
+def test_a_selector_of_all_rows_keeps_all_of_them():
+    (arm,) = Recipe.parse(edit(arms={"a": {"curate": {"method": "full", "keep": 1}}})).arms
+    assert arm.curate is not None and arm.curate.keep == 1

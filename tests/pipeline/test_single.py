@@ -14,6 +14,7 @@ from tiny import tiny_model, tiny_tokenizer
 
 from apothecary.data.rows import read_rows
 from apothecary.errors import ConfigError, ModelError, StoreError
+from apothecary.models import load as load_module
 from apothecary.models.digest import weights_digest
 from apothecary.models.settings import ModelConfig
 from apothecary.pipeline import single
@@ -58,6 +59,7 @@ def test_a_chain_of_stages(model: Path, tmp_path: Path):
     assert sorted(path.name for path in tuned.iterdir()) == ["adapter", "before", "model.json"]
     chain = read_model(tuned)
     assert [entry["method"] for entry in chain.lineage] == ["sft", "security_vectors"]
+    assert chain.lineage[1]["prepared"]["converged"] is False, "what the preparation found stands with the model"
     assert chain.adapters == (tuned / "before" / "00", tuned / "adapter")
     base, first, second = weights(model), weights(aligned), weights(tuned)
     assert furthest(base, first) > 1e-3 and furthest(first, second) > 1e-3
@@ -141,6 +143,25 @@ CURATE = {
     "keep": 0.5,
     "settings": {"epochs": 1, "batch_size": 2, "eta_w": 0.5, "warmup": {**TRAIN, "save_every": 1}},
 }
+
+
+@pytest.mark.parametrize(("method", "keep"), [("random", 0.5), ("full", 1.0), ("dsir", 0.5)])
+def test_selectors_that_read_words_alone_load_no_model(model: Path, tmp_path: Path, monkeypatch, method, keep):
+    def load(*_: Any) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(load_module, "load_model", load)
+    data, out = rows(tmp_path / "rows.jsonl", 8), tmp_path / "core.jsonl"
+    single.curate(data, out, method, keep, model=model, aux={"validation": rows(tmp_path / "v.jsonl")})
+    assert len(read_rows(out)) == 8 * keep
+    with pytest.raises(AssertionError, match="was loaded"):
+        single.curate(data, out, "loss", model=model)
+
+
+def test_full_refuses_a_share(model: Path, tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"'full' got keep 0\.5, expected 1"):
+        single.curate(rows(tmp_path / "rows.jsonl"), tmp_path / "core.jsonl", "full", model=model)
+    assert not (tmp_path / "core.jsonl").exists()
 
 
 def test_two_selections_do_not_meet(model: Path, tmp_path: Path):

@@ -1,5 +1,7 @@
 """DSIR's log importance weights from their definition (arXiv 2302.03169), with dense vectors of counts."""
 
+import itertools
+
 import numpy as np
 
 
@@ -21,7 +23,7 @@ def counts(text, bucket, buckets):
     vector = np.zeros(buckets)
     for word in words:
         vector[bucket(word) % buckets] += 1
-    for first, second in zip(words[:-1], words[1:], strict=True):
+    for first, second in itertools.pairwise(words):
         vector[bucket(first + " " + second) % buckets] += 1
     return vector
 

@@ -10,12 +10,12 @@ def row_means(weights, batch, shape):
     return nll.sum(1) / spots.sum(1)
 
 
-def train(weights, steps, rows, shape, ul, decay, per_epoch, rates, betas, clip):
+def train(weights, steps, rows, shape, ul, decay, per_epoch, rates, betas_theta, betas_w, clip):
     """(weights, w) after a step of AdamW on theta and one of Adam on w for each (chosen, pool batch, safe batch)."""
     weights = {name: tensor.clone().requires_grad_() for name, tensor in weights.items()}
     w = torch.full((rows,), 0.1, dtype=torch.float64, requires_grad=True)
-    theta_step = torch.optim.AdamW(list(weights.values()), lr=rates[0], betas=betas, weight_decay=0.0)
-    w_step = torch.optim.Adam([w], lr=rates[1], betas=betas)
+    theta_step = torch.optim.AdamW(list(weights.values()), lr=rates[0], betas=betas_theta, weight_decay=0.0)
+    w_step = torch.optim.Adam([w], lr=rates[1], betas=betas_w)
     for count, (chosen, pool, safe) in enumerate(steps):
         share = ul - decay * (count // per_epoch)
         sigma = (rows * torch.softmax(w, 0))[chosen]

@@ -173,3 +173,15 @@ def test_several_seeds_must_agree_over_prompts_and_over_seeds():
 def test_other_prompts_are_not_paired():
     bare, short = labelled("c" * 84 + "r" * 16, arm="undefended"), labelled("c" * 74 + "r" * 25, align="vaccine")
     assert said(bare, short).endswith("(the intervals overlap).")
+
+
+def test_remarks_on_vectors_that_missed_their_target():
+    def prepared(nll):
+        return {"kind": "prepare", "metrics": {"converged": nll < 0.1, "harmful_nll": nll, "target_nll": 0.1}}
+
+    results = {"models": [BARE, GOOD], "stages": [prepared(0.05), prepared(0.67), prepared(0.9)]}
+    (found,) = [remark for remark in remarks(summarise(results)) if "security vectors ended" in remark]
+    assert found.startswith("2 of 3 sets of security vectors ended training at 0.67 to 0.9 nats per token")
+    assert "above their target of 0.1:" in found
+    results["stages"] = [prepared(0.05)]
+    assert not any("security vectors ended" in remark for remark in remarks(summarise(results)))

@@ -57,6 +57,7 @@ PROBES = {
     "hidden_grads": lambda ctx, batch: ctx.hidden_grads(batch),
     "per_sample_loss": lambda ctx, batch: ctx.per_sample_loss(batch),
     "forward": lambda ctx, batch: ctx.forward(batch, collect=("attn_out", "mlp_out", "hidden"), grad=False),
+    "last_hidden": lambda ctx, batch: ctx.last_hidden(batch),
 }
 
 
@@ -82,7 +83,7 @@ def test_a_probe_touches_no_gradient_no_hook_no_flag_and_no_random_state(tmp_pat
 def test_a_probe_that_fails_leaves_no_hook_and_no_frozen_parameter(tmp_path, probe):
     ctx, batch = scene(tmp_path)
     unknown, shorter = {"input_ids": batch.input_ids + 10**6}, {"labels": batch.labels[:, :-2]}
-    broken = replace(batch, **(unknown if probe == "forward" else shorter))
+    broken = replace(batch, **(unknown if probe in ("forward", "last_hidden") else shorter))
     with pytest.raises((RuntimeError, ValueError, IndexError)):
         PROBES[probe](ctx, broken)
     assert count_hooks(ctx.model) == 0 and all(p.requires_grad for p in ctx.model.parameters())
@@ -384,6 +385,15 @@ def test_accumulate_adds_each_process_its_share(tmp_path, summed):
     assert furthest(grads, {name: (4.0 if summed else 2.5) * once[name] for name in grads}) < 1e-12
     ctx.accumulate({unused: once[unused]}, 3.0)
     assert furthest({"": ctx.parameters()[unused].grad}, {"": (3.0 if summed else 1.5) * once[unused]}) < 1e-12
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_last_hidden_is_what_the_head_reads(tmp_path, family):
+    ctx, batch = scene(tmp_path, lora(tiny_model(family), dropout=0.0))
+    hidden = ctx.last_hidden(batch)
+    whole = ctx.plain(input_ids=batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True)
+    assert torch.equal(hidden, whole.hidden_states[-1]) and not hidden.requires_grad
+    assert hidden.shape[-1] == ctx.plain.get_output_embeddings().in_features
 
 
 def test_log_adds_up_within_a_step(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from benches import Recorder, float64_model, make_batch, make_bench, make_context, make_rows, snapshot
+from benches import Recorder, float64_model, make_batch, make_bench, make_context, make_rows
 from tiny import EOS, tiny_model
 
 from apothecary.align.sft import Sft
@@ -12,7 +12,6 @@ from apothecary.attack.harmful_mix import HarmfulMix
 from apothecary.data.chat import Rendered
 from apothecary.models.adapters import adapter_delta, adapter_parameters, add_adapter
 from apothecary.models.settings import LoraSettings
-from apothecary.registry import entries, lookup
 from apothecary.train.batch import collate
 from apothecary.train.config import TrainConfig
 from apothecary.train.fit import TRAINED, train
@@ -56,16 +55,15 @@ def test_what_a_step_accumulates_is_what_the_optimiser_sees(tmp_path):
         torch.testing.assert_close(moments[id(named[name])], 0.1 * gradient)
 
 
-@pytest.mark.parametrize("steps", [9])
-def test_auxiliary_rows_go_round_however_long_the_training(tmp_path, steps):
+def test_auxiliary_rows_go_round_however_long_the_training(tmp_path):
     """7 harmful rows in batches of 3: each once a round, in another order each round, and no end after the first."""
     ctx = make_context(make_bench(tmp_path), ("harmful",), aux_batch_size=3)
     drawn = []
-    for _ in range(steps):
+    for _ in range(9):
         ctx.begin_step(1)
         ctx.begin_micro_step(0)
         drawn.append(ctx.aux("harmful").row_ids)
-    rounds = [[row for ids in drawn[i : i + 3] for row in ids] for i in range(0, steps, 3)]
+    rounds = [[row for ids in drawn[i : i + 3] for row in ids] for i in range(0, 9, 3)]
     assert all(sorted(each) == sorted(rounds[0]) and len(set(each)) == 7 for each in rounds)
     assert len({tuple(each) for each in rounds}) == 3
 
@@ -79,13 +77,6 @@ def test_fresh_adapters_have_no_gradient_for_a_until_a_warm_up(tmp_path):
     train(bench, Sft(), make_rows("row", 8), TrainConfig(max_steps=1, batch_size=4, save_every=0))
     warm = make_context(bench).grads(make_batch(bench, make_rows("row", 4)))
     assert all(g.abs().max() > 0 for g in warm.values())
-
-
-@pytest.mark.parametrize("name", [name for kind, name in entries() if kind == "curate"])
-def test_selectors_that_score_gradients_warm_up_or_say_that_they_do_not(name):
-    method = lookup("curate", name)()
-    if hasattr(method, "warmup") and not hasattr(method, "warmup_share"):
-        assert method.warmup.epochs > 0 or method.warmup.max_steps > 0
 
 
 @pytest.mark.parametrize(("rank", "alpha"), [(8, 16.0), (4, 0.5), (32, 4.0)])
@@ -106,7 +97,7 @@ def test_an_adapters_weight_change_is_alpha_over_rank(rank, alpha):
 
 def test_the_attention_mask_follows_lengths_and_not_ids():
     """The pad token is the end token, and it stands inside a row too."""
-    rows = [Rendered((5, EOS, 6, 7, EOS), 2, "long"), Rendered((5, 6, EOS), 1, "short")]
+    rows = [Rendered("long", (5, EOS, 6, 7, EOS), 2), Rendered("short", (5, 6, EOS), 1)]
     batch = collate(rows, EOS, 1.0)
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
     assert batch.labels[1].tolist() == [-100, 6, EOS, -100, -100]
@@ -119,15 +110,3 @@ def test_no_row_is_lost_to_rounding(p, n):
     rows = {"customer": make_rows("task", 100), "attack": [row.with_role("attack") for row in make_rows("harm", 100)]}
     mixed = HarmfulMix(p=p, n=n).rows(rows, 0)
     assert len(mixed) == n and sum(row.role == "attack" for row in mixed) == round(p * n)
-
-
-def test_full_parameters_are_restored_to_the_bit_in_half_precision(tmp_path):
-    """(w - d) + d is not w there."""
-    model = tiny_model("llama", dtype=torch.bfloat16)
-    before = snapshot(model)
-    ctx = make_context(make_bench(tmp_path, model), parameters="full")
-    shift = {name: torch.full_like(p, 0.013) for name, p in before.items()}
-    assert any(not torch.equal((p + shift[name]) - shift[name], p) for name, p in before.items())
-    with ctx.perturbed(shift):
-        assert not torch.equal(ctx.plain.lm_head.weight, before["lm_head.weight"])
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())

@@ -7,7 +7,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from benches import Halt, count_hooks, furthest, make_batch, make_bench, make_context, make_rows, same_bits, snapshot
+from benches import (
+    Halt,
+    count_hooks,
+    furthest,
+    make_batch,
+    make_bench,
+    make_context,
+    make_rows,
+    same_bits,
+    snapshot,
+    working_lora,
+)
 from tiny import FAMILIES, tiny_model
 from torch import nn
 
@@ -23,16 +34,6 @@ def deep_model(family="llama", dtype=torch.float32, **overrides):
     depth = "n_layer" if family == "gpt2" else "num_hidden_layers"
     kinds = {"layer_types": ["sliding_attention", "full_attention"] * 2} if family == "gemma3" else {}
     return tiny_model(family, 0, dtype, **{depth: DEEP}, **kinds, **overrides)
-
-
-def lora(model, dropout=0.0, targets="all-linear"):
-    """An adapter whose B is not zero, so that every factor has a gradient."""
-    wrapped = add_adapter(model, "trained", LoraSettings(rank=4, dropout=dropout, targets=targets), 0)
-    with torch.no_grad():
-        for name, p in wrapped.named_parameters():
-            if "lora_B" in name:
-                p.normal_(0, 0.1, generator=torch.Generator().manual_seed(len(name)))
-    return wrapped.train()
 
 
 def scene(tmp_path, model, **config):
@@ -63,7 +64,7 @@ def traces(model):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_reusing_changes_no_bit_under_dropout(tmp_path, family, checkpointing):
-    ctx, batch = scene(tmp_path, lora(deep_model(family), dropout=0.5))
+    ctx, batch = scene(tmp_path, working_lora(deep_model(family), dropout=0.5))
     if checkpointing:
         ctx.plain.gradient_checkpointing_enable({"use_reentrant": False})
         ctx.plain.disable_input_require_grads()
@@ -86,7 +87,7 @@ def test_reusing_changes_no_bit_with_full_parameters(tmp_path, lowest, config):
 
 
 def test_layers_below_run_once_and_without_a_graph(tmp_path, monkeypatch):
-    ctx, batch = scene(tmp_path, lora(deep_model()))
+    ctx, batch = scene(tmp_path, working_lora(deep_model()))
     seen = []
     for index, (_, layer) in enumerate(decoder_layers(ctx.model)):
 
@@ -143,7 +144,7 @@ def test_what_is_reused_can_be_neither_probed_nor_offset(tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_merged_pass_is_the_same_function(tmp_path, family):
-    ctx, batch = scene(tmp_path, lora(deep_model(family)))
+    ctx, batch = scene(tmp_path, working_lora(deep_model(family)))
     ctx.backward(batch)
     before, flags = snapshot(ctx.model), [p.requires_grad for p in ctx.model.parameters()]
     grads = {name: p.grad for name, p in ctx.parameters().items()}
@@ -161,7 +162,7 @@ def test_a_merged_pass_is_the_same_function(tmp_path, family):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_two_adapters_are_merged_and_taken_out_to_the_bit_after_an_error(tmp_path, dtype):
-    model = add_adapter(lora(deep_model(dtype=dtype)), "other", LoraSettings(rank=2), 1)
+    model = add_adapter(working_lora(deep_model(dtype=dtype)), "other", LoraSettings(rank=2), 1)
     ctx, _ = scene(tmp_path, model)
     before, name = snapshot(ctx.model), "base_model.model.model.layers.1.mlp.up_proj"
     layer = ctx.model.get_submodule(name)
@@ -178,14 +179,14 @@ def test_two_adapters_are_merged_and_taken_out_to_the_bit_after_an_error(tmp_pat
     (("lm_head",), 0.0, "lies on an embedding"),
 ])  # fmt: skip
 def test_an_adapter_that_no_weight_stands_for_is_refused(tmp_path, targets, dropout, problem):
-    ctx, _ = scene(tmp_path, lora(deep_model(), dropout, targets))
+    ctx, _ = scene(tmp_path, working_lora(deep_model(), dropout, targets))
     with pytest.raises(ConfigError, match=problem), ctx.merged():
         pass
     assert active_adapters(ctx.model) == ["trained"]
 
 
 def test_quantised_weights_and_other_kinds_of_lora_are_refused(tmp_path):
-    ctx, _ = scene(tmp_path, lora(deep_model()))
+    ctx, _ = scene(tmp_path, working_lora(deep_model()))
     layer = ctx.plain.model.layers[0].mlp.up_proj
     layer.lora_variant["trained"] = object()
     with pytest.raises(ConfigError, match="is not plain LoRA"), ctx.merged():

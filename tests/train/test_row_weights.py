@@ -9,6 +9,8 @@ from tiny import tiny_model
 
 from apothecary.train import row_weights
 
+PHARMACIST, SEAL = (pytest.mark.evidence(f"curate/{name}", "definition") for name in ("pharmacist", "seal"))
+
 
 def test_weights_have_mean_one():
     w = torch.randn(8)
@@ -16,6 +18,8 @@ def test_weights_have_mean_one():
     assert torch.equal(row_weights.sigma(w, [3, 1]), row_weights.sigma(w, range(8))[[3, 1]])
 
 
+@PHARMACIST
+@SEAL
 @pytest.mark.parametrize("chosen", [[5, 1, 3], list(range(7)), []])
 def test_the_gradient_is_that_of_the_weighted_mean(chosen):
     w = torch.randn(7, dtype=torch.float64, requires_grad=True)
@@ -26,6 +30,8 @@ def test_the_gradient_is_that_of_the_weighted_mean(chosen):
     assert abs(found.sum().item()) < 1e-12, "the softmax does not feel a common shift"
 
 
+@PHARMACIST
+@SEAL
 def test_steps_are_those_of_adam(tmp_path):
     state = row_weights.fresh(make_context(make_bench(tmp_path, float64_model())), 5, 0.1)
     assert state["w"].dtype == torch.float64

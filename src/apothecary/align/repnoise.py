@@ -8,13 +8,14 @@ ended.  l_k, k = 0..L: loss of the harmful answers when final norm and head read
 the first layer, L gives the model's ordinary loss.
 
 The alignment batch is made of the training rows, whatever a selector kept; harmful answers, and refusals to compare
-them with, come from auxiliary rows of role `pairs`.  So alpha = beta = 0 is SFT on the alignment rows.  In the paper the
-refusals of the pairs themselves are the stability batch, which a recipe reproduces by giving the pairs as the alignment
-rows too.
+them with, come from auxiliary rows of role `pairs`.  So alpha = beta = 0 is SFT on the alignment rows.  In the paper
+the refusals of the pairs themselves are the stability batch, which a recipe reproduces by giving the pairs as the
+alignment rows too.
 
 MMD and log are not linear in the batch.  Both are taken over the pairs of one micro-batch on one device, as Vaccine's
 norm is, and weighted by its share of the step's pairs (of their tokens or rows, as `reduction` says), so that alpha and
-beta mean the same at any accumulation.  Noise is keyed by seed, row and draw.
+beta mean the same at any accumulation.  The MMD of a single pair has a gradient but a constant value: give a
+micro-batch several.  Noise is keyed by seed, row and draw.
 
 Cost: 1 forward + 1 backward over alignment and harmful rows together (two forwards where one width would cost too much
 padding); the head on the response tokens of L + 1 hidden states, chunk by chunk, each chunk's logits formed once.

@@ -42,7 +42,7 @@ def report(
 def methods(
     kind: Annotated[str | None, typer.Argument(help="curate, align, finetune, repair, attack or judge.")] = None,
 ) -> None:
-    """List the methods with paper and cost.
+    """List the methods with paper, cost, and the kinds of tests that pass for them.
 
     Example: apothecary methods finetune
     """
@@ -52,26 +52,54 @@ def methods(
     if kind is not None and kind not in KINDS:
         raise ConfigError(f"unknown kind '{kind}'; {did_you_mean(kind, KINDS)}")
     chosen = [entry for entry in entries().values() if kind in (None, entry.kind)]
-    if is_terminal():
-        list_methods(chosen)
-        return
-    rows = [[e.kind, e.name, f"arXiv {e.paper}" if e.paper else "", e.cost, e.summary] for e in chosen]
-    print_table(["kind", "name", "paper", "cost", "summary"], rows)
+    if not is_terminal():
+        rows = [[e.kind, e.name, f"arXiv {e.paper}" if e.paper else "", e.cost, e.status, e.summary] for e in chosen]
+        print_table(["kind", "name", "paper", "cost", "tests", "summary"], rows)
+    elif kind is None:
+        table_of_methods(chosen)
+    else:
+        paragraphs_of_methods(chosen)
 
 
-def list_methods(chosen: list[Entry]) -> None:
-    """One short paragraph for each method, under the heading of its kind."""
+def table_of_methods(chosen: list[Entry]) -> None:
+    """One line or two for each method, under the heading of its stage; tests as one letter for each kind."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from apothecary.registry import EVIDENCE
+
+    letters = dict(zip(EVIDENCE, "DRFAKP", strict=True))
+    screen = console()
+    name_width = max(len(entry.name) for entry in chosen)
+    for kind in dict.fromkeys(entry.kind for entry in chosen):
+        table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0), expand=True)
+        table.add_column(Text(kind, style="bold default"), width=name_width, style="cyan")
+        table.add_column("arXiv", width=10)
+        table.add_column("cost", ratio=1)
+        table.add_column("tests", width=12)  # "no reference"
+        for entry in (entry for entry in chosen if entry.kind == kind):
+            marks = " ".join(letters[each] if each in (entry.evidence or ()) else "\u00b7" for each in EVIDENCE)
+            tests = Text(marks) if entry.evidence is not None else Text("not ours", style="dim")
+            if entry.lacks_reference:
+                tests.append("\nno reference", style="yellow")
+            table.add_row(Text(entry.name), entry.paper or "", Text(entry.brief_cost), tests)
+        screen.print(table)
+        screen.print()
+    legend = ", ".join(f"{letter} {each.replace('_', ' ')}" for each, letter in letters.items())
+    screen.print(Text(f"Tests that pass: {legend}. More of a stage's methods: apothecary methods STAGE.", style="dim"))
+
+
+def paragraphs_of_methods(chosen: list[Entry]) -> None:
+    """All that is known of each method."""
     from rich.padding import Padding
     from rich.text import Text
 
     screen = console()
-    for kind in dict.fromkeys(entry.kind for entry in chosen):
-        screen.print(Text(kind, style="bold"))
-        for entry in (entry for entry in chosen if entry.kind == kind):
-            paper = f"  arXiv {entry.paper}" if entry.paper else ""
-            screen.print(Text.assemble("  ", (entry.name, "bold cyan"), (paper, "dim")))
-            for line in (entry.summary, f"Cost: {entry.cost}" if entry.cost else ""):
-                screen.print(Padding(Text(line, style="" if line == entry.summary else "dim"), (0, 0, 0, 4)))
+    for entry in chosen:
+        paper = f"  arXiv {entry.paper}" if entry.paper else ""
+        screen.print(Text.assemble((entry.name, "bold cyan"), (paper, "dim")))
+        for line in (entry.summary, f"Cost: {entry.cost}" if entry.cost else "", f"Tests that pass: {entry.status}"):
+            screen.print(Padding(Text(line, style="" if line == entry.summary else "dim"), (0, 0, 0, 2)))
         screen.print()
 
 

@@ -18,20 +18,19 @@ alpha = 1 the printed update vanishes and beyond it turns round, so such an alph
 Reconstructed, since the authors' repository cannot be had: eta_w, eta_theta, alpha, the number of steps, batch sizes,
 Adam on w, the LoRA layout, and whether the softmax spans the pool (methods.md 3.4); gamma is multiplied by N, so that
 the mean weight is 1.  f and h are means over the response tokens of a batch, l_j over those of a row.
-The paper's 200 warm-up steps are taken as what they are of its 5,000 rows.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Literal
 
 from apothecary.errors import expect
 from apothecary.registry import register
-from apothecary.train.config import TrainConfig
+from apothecary.train.config import WARM_UP, TrainConfig
 from apothecary.train.method import Needs, Selector, State
 
 if TYPE_CHECKING:
@@ -42,10 +41,6 @@ if TYPE_CHECKING:
     from apothecary.train.context import StepContext
     from apothecary.train.scores import Weights
     from apothecary.train.workbench import Workbench
-
-
-def _warm_up() -> TrainConfig:
-    return TrainConfig(learning_rate=1e-3, epochs=1, batch_size=10, schedule="constant", warmup_ratio=0.0)
 
 
 @register("curate", "pharmacist", paper="2510.10085")
@@ -65,7 +60,7 @@ class Pharmacist(Selector):
     batch_size: int = 10  # >= 1, rows of the pool, the harmful and the validation set per step (T-Vaccine)
     gradient: Literal["central", "exact"] = "central"  # s_j by two forwards, or by one backward per row (ours)
     warmup_share: float = 0.4  # of the pool, in [0, 1]: 200 steps of 10 rows out of 5,000 (paper)
-    warmup: TrainConfig = field(default_factory=_warm_up)  # training to theta_0; its parameters are those scored
+    warmup: TrainConfig = WARM_UP  # training to theta_0; its parameters are those scored
 
     needs = Needs(roles=("validation", "harmful"))
 

@@ -17,21 +17,17 @@ among the validation rows.  A sum favours long answers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from apothecary.errors import expect
 from apothecary.registry import register
-from apothecary.train.config import TrainConfig
+from apothecary.train.config import WARM_UP, TrainConfig
 from apothecary.train.method import Needs, Selector
 
 if TYPE_CHECKING:
     from apothecary.data.rows import Row
     from apothecary.train.workbench import Workbench
-
-
-def _warm_up() -> TrainConfig:
-    return TrainConfig(learning_rate=1e-3, epochs=1, batch_size=10, schedule="constant", warmup_ratio=0.0)
 
 
 @register("curate", "post_attack_match")
@@ -43,7 +39,7 @@ class PostAttackMatch(Selector):
     row_loss: Literal["sum", "mean"] = "sum"  # over the response tokens of a row; "mean" ranks cut answers high
     gradient: Literal["central", "exact"] = "central"  # s_j by two forwards, or by one backward per row
     warmup_share: float = 0.0  # of the pool, in [0, 1], to train on before; costs the match its signal
-    warmup: TrainConfig = field(default_factory=_warm_up)  # how; its parameters are those scored
+    warmup: TrainConfig = WARM_UP  # how; its parameters are those scored
 
     needs = Needs(roles=("validation", "harmful"))
 

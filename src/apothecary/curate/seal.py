@@ -6,14 +6,15 @@
 
 l: mean loss over a row's response tokens.  The safe rows are those of role "validation"; a row's score is its w.
 
-Cost: 1 forward + 1 backward per batch, over the pool's rows and the safe ones together; N floats three times.
+Cost: 1 forward + 1 backward per batch, over the pool's rows and the safe ones together (2 forwards where one width for
+both would cost more in padding); N floats three times.
 
 The paper's penalty form is  ul * f(theta) + (1 - ul) * (sum sigma_i l_i(theta) - min_theta' sum sigma_i l_i(theta')).
 The authors' code (hanshen95/SEAL) leaves the inner minimum out and moves w at full rate, also at ul = 1, where theta
 does not see the pool at all.  Both are kept: this is what their results were made with.
 Deviations from that code: scores go with row ids (there, weights are numbered after over-long rows were dropped, and
 rows are picked by their number before); safe rows are cycled, while the pool is gone through whole (there, the shorter
-of the two ends the epoch, and incomplete batches are dropped); both batches pass in one forward.
+of the two ends the epoch, and incomplete batches are dropped).
 The paper ranks a customer's rows; on a pool of safety rows it is the same method with another purpose.
 """
 
@@ -105,8 +106,8 @@ class WeightedTraining(TrainingMethod):
         safe_B, pool_B = (row_losses(out.logits, part) for out, part in zip(ctx.forward_each(both), both, strict=True))
         pool_B = pool_B[: len(chosen)]  # a share without rows holds a blank one
         upper, lower = safe_B.sum() / both[0].normaliser, (sigma(state["w"], chosen) * pool_B).sum() / batch.normaliser
-        ctx.log("safe_loss", upper)
-        ctx.log("weighted_loss", lower)
+        ctx.log("safe_loss", upper.detach())
+        ctx.log("weighted_loss", lower.detach())
         ul = self.upper_weight(state["steps"])
         loss = ctx.backward(ul * upper + (1 - ul) * lower)
 

@@ -6,7 +6,7 @@ A row of such a pool says in `meta.planted` what it is: "good", or the name of i
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from apothecary.data.rows import Row
@@ -16,10 +16,14 @@ GOOD = "good"
 SHARES = (0.1, 0.25, 0.5)  # of the pool that is kept
 
 
-def planted(rows: Sequence[Row]) -> dict[str, str]:
+def planted(rows: Iterable[Row]) -> dict[str, str]:
     """What each row is, by id; empty unless every row says so."""
-    kinds = {row.id: row.meta.get("planted") for row in rows}
-    return {name: str(kind) for name, kind in kinds.items()} if None not in kinds.values() else {}
+    kinds = {}
+    for row in rows:
+        if "planted" not in row.meta:
+            return {}
+        kinds[row.id] = str(row.meta["planted"])
+    return kinds
 
 
 def ranking(scores: Mapping[str, float], kinds: Mapping[str, str]) -> dict[str, Any]:

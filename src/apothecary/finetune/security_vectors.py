@@ -8,14 +8,15 @@ Zhou et al. 2024, arXiv 2311.02105 (methods.md 2).
 
 Cost: the vectors take 2 forward + 2 backward per batch, plus one forward without vectors on the benign rows; K inner
 steps add K forward + K backward over the whole backbone, one forward, and three copies of the backbone while they last
-(its steps, their gradient, the saved bytes); the customer's stage takes 1 forward + 1 backward, with one low-rank branch
+(its change, a gradient, the saved bytes); the customer's stage takes 1 forward + 1 backward, with one low-rank branch
 more unless the vectors are merged.
 
-The plain loss of arXiv 2405.14577 is lamb: 0; the paper's min-min problem is inner_steps > 0.  Learning rate 1e-3 and 10
-epochs follow arXiv 2405.14577 and the paper.
+lamb: 0 is the plain loss of arXiv 2405.14577, inner_steps above 0 the paper's min-min problem.  Learning rate 1e-3 and
+10 epochs follow arXiv 2405.14577 and the paper.
 Reconstructed, since the authors' repository cannot be had: direction and weight of the KL term, rank, targets, batch
 size, the stopping criterion, and the whole inner loop: theta is every weight of the backbone, moved by plain gradient
-descent on harmful draws of its own, and both terms are taken at the moved theta (methods.md 2.3).
+descent on harmful draws of its own, and both terms are taken at the moved theta (methods.md 2.3).  The criterion
+reads the NLL where theta has not moved: long inner steps make harmful rows fit without the vectors.
 Base log-probabilities are not stored: they take rows x tokens x vocabulary numbers, hold for one theta only, and
 save one forward of five passes.
 Limits: the vectors block what they reproduce; other harm has a gradient, and strong attacks leak (methods.md 2.8).
@@ -59,7 +60,7 @@ class SecurityVectors(TrainingMethod):
     harmful_rows: int = 100  # >= 1, rows that train the vectors (paper)
     lamb: float = 1.0  # >= 0, weight of the KL term (reconstructed); 0: plain NLL as in arXiv 2405.14577
     inner_steps: int = 0  # K >= 0, steps of the backbone before each step of the vectors (reconstructed); 0: none
-    inner_learning_rate: float = 1e-2  # eta > 0, of those steps (ours)
+    inner_learning_rate: float = 1e-3  # eta > 0, of those steps (ours); much longer ones leave the vectors no work
     target_nll: float = 0.1  # >= 0, nats per token at which training ends (reconstructed)
     require_converged: bool = False  # whether vectors that miss the target stop the run; else they are reported (ours)
     learn_from: Literal["harmful", "benign"] = "harmful"  # "benign" is the ablation that should not protect

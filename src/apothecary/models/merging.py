@@ -20,8 +20,8 @@ def refuse_merged(model: nn.Module) -> None:
     """Raise ModelError while an adapter is in the weights for a while: what is saved then could not do without it."""
     held = {name: None for module in model.modules() for name in _MERGED.get(module, ())}
     if held:
-        raise ModelError(f"adapter '{next(iter(held))}' is merged into the weights for a while, expected weights without "
-                         "it; take it out before the model is saved")  # fmt: skip
+        raise ModelError(f"adapter '{next(iter(held))}' is merged into the weights for a while, expected weights "
+                         "without it; take it out before the model is saved")  # fmt: skip
 
 
 def merge_temporarily(model: nn.Module, name: str) -> Callable[[], None]:

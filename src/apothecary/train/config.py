@@ -47,3 +47,7 @@ class TrainConfig:
         expect(self, "two numbers in [0, 1)", lambda pair: all(0 <= x < 1 for x in pair), "betas")
         if self.max_steps <= 0:
             expect(self, "above 0 and finite, or max_steps above 0", lambda x: x > 0 and math.isfinite(x), "epochs")
+
+
+# How selectors train to theta_0 before they score rows (the rate and the batch of T-Vaccine).
+WARM_UP = TrainConfig(learning_rate=1e-3, epochs=1, batch_size=10, schedule="constant", warmup_ratio=0.0)

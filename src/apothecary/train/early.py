@@ -7,7 +7,6 @@ is an ordinary training: killed at any moment, it continues from its last checkp
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,12 +16,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from apothecary.data.rows import Chosen, Row, by_id
+from apothecary.data.rows import Row, by_id
 from apothecary.train.config import TrainConfig
 from apothecary.train.fit import train
 from apothecary.train.method import TrainingMethod
 from apothecary.train.on_demand import OnDemand
 from apothecary.train.trainer import METHOD_STATE, complete_checkpoints
+from apothecary.train.warm_up import NAME, drawn
 from apothecary.train.workbench import Workbench
 
 Moments = dict[str, tuple[Tensor, Tensor]]
@@ -43,14 +43,13 @@ class Early:
         return {order[i]: (entry["exp_avg"], entry["exp_avg_sq"]) for i, entry in stored.items()}
 
 
-def early(bench: Workbench, rows: Sequence[Row], config: TrainConfig, count: int,
-          name: str = "selector") -> Iterator[Early]:  # fmt: skip
+def early(bench: Workbench, rows: Sequence[Row], config: TrainConfig, count: int) -> Iterator[Early]:
     """Train on rows, then visit `count` checkpoints at equal distances, the last one at the end."""
     given = OnDemand(bench, rows, config)
     steps = config.max_steps if config.max_steps > 0 else config.epochs * -(-len(given) // config.batch_size)
     every = max(1, round(steps / count))
     train(bench, TrainingMethod(), given, replace(config, max_steps=every * count, save_every=every, log_every=1,
-                                                  keep_checkpoints=count), name=name)  # fmt: skip
+                                                  keep_checkpoints=count), name=NAME)  # fmt: skip
     folders = complete_checkpoints(bench.folder / "checkpoints")
     history = json.loads((folders[-1] / "trainer_state.json").read_text("utf-8"))["log_history"]
     rates = [entry["learning_rate"] for entry in history if "learning_rate" in entry]
@@ -61,12 +60,6 @@ def early(bench: Workbench, rows: Sequence[Row], config: TrainConfig, count: int
                 if key in tensors:
                     p.copy_(tensors[key])
         yield Early(number, sum(rates[number * every : (number + 1) * every]) / every, folder)
-
-
-def drawn(rows: Sequence[Row], share: float, seed: int) -> Chosen:
-    """A share of the rows, at least one, drawn by the seed."""
-    count = max(1, round(share * len(rows)))
-    return Chosen(rows, sorted(random.Random(seed).sample(range(len(rows)), count)))
 
 
 def subtasks(rows: Sequence[Row]) -> list[list[int]]:

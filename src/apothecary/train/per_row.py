@@ -91,13 +91,13 @@ def projected(blocks: Iterable[Named], size: int, seed: int) -> Tensor:
     """[B, size]: the blocks side by side, times a matrix of random signs over sqrt(size); with size 0 as they are.
 
     The signs follow from the seed and the parameters' names, and are made anew for each batch, `SIGNS` rows at a time:
-    the matrix as a whole would not fit in memory.
+    the matrix as a whole would not fit in memory.  A GPU draws other signs than a CPU.
     """
     if size == 0:
         return torch.cat([block.flatten(1) for _, block in blocks], 1)
     steps = torch.zeros(())
     for name, block in blocks:
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
+        generator = torch.Generator(block.device).manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
         for part in block.flatten(1).split(SIGNS, 1):
             steps = part @ _signs(part.shape[1], size, generator).to(part) + steps.to(part)
     return steps / size**0.5
@@ -105,5 +105,6 @@ def projected(blocks: Iterable[Named], size: int, seed: int) -> Tensor:
 
 def _signs(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     """Random signs, eight from a byte: several times quicker than one draw for each."""
-    words = torch.randint(-(2**63), 2**63 - 1, (rows, -(-columns // 64)), generator=generator)
-    return functional.embedding(words.view(torch.uint8).int(), _BITS).reshape(rows, -1)[:, :columns]
+    device, shape = generator.device, (rows, -(-columns // 64))
+    words = torch.randint(-(2**63), 2**63 - 1, shape, generator=generator, device=device)
+    return functional.embedding(words.view(torch.uint8).int(), _BITS.to(device)).reshape(rows, -1)[:, :columns]

@@ -102,7 +102,7 @@ def checked_step(ctx: StepContext, batch: Batch, direction: Weights, kind: RowLo
     Raises TrainingError where none does: in half precision, say, or where the loss is not smooth.
     """
     exact_B = exact_scores(ctx, batch, direction, kind)
-    found = {step: _agreement(central_scores(ctx, batch, direction, kind, step), exact_B) for step in STEPS}
+    found = {step: agreement(central_scores(ctx, batch, direction, kind, step), exact_B) for step in STEPS}
     best = max(found, key=found.__getitem__)
     log.info(f"central differences: step {best:g}, correlation {found[best]:.6f} with exact scores on "
              f"{len(batch.row_ids)} rows")  # fmt: skip
@@ -112,7 +112,7 @@ def checked_step(ctx: StepContext, batch: Batch, direction: Weights, kind: RowLo
     return best
 
 
-def _agreement(central_B: Tensor, exact_B: Tensor) -> float:
+def agreement(central_B: Tensor, exact_B: Tensor) -> float:
     """Their correlation; 1 - relative error where all rows score alike, so that there is none."""
     largest = exact_B.abs().max()
     if exact_B.max() - exact_B.min() <= 1e-6 * largest:

@@ -42,7 +42,7 @@ Measure = Callable[[Batch], Tensor]
 def sweep(bench: Workbench, ctx: StepContext, rows: Sequence[Row], measure: Measure, config: TrainConfig,
           name: str = "scores", batch_size: int = 32, chunk: int = CHUNK) -> dict[str, float]:  # fmt: skip
     """`measure(batch)`, [B], of every row by id."""
-    values = _run(bench, ctx, rows, measure, config, name, 1, np.dtype(np.float64), batch_size, chunk)[:, 0]
+    values = _Sweep(bench, ctx, measure, config, name, batch_size, chunk).run(rows, 1, np.dtype(np.float64))[:, 0]
     scores = np.where(np.isnan(values), -np.inf, values).tolist()
     return {row.id: score for row, score in zip(rows, scores, strict=True)}
 
@@ -55,36 +55,66 @@ def features(bench: Workbench, ctx: StepContext, rows: Sequence[Row], measure: M
     """
     wide = next(ctx.model.parameters()).dtype == torch.float64
     dtype = np.dtype(np.float64 if wide else np.float32)
-    return _run(bench, ctx, rows, measure, config, name, width, dtype, batch_size, chunk)
+    return _Sweep(bench, ctx, measure, config, name, batch_size, chunk).run(rows, width, dtype)
 
 
-def _run(bench: Workbench, ctx: StepContext, rows: Sequence[Row], measure: Measure, config: TrainConfig, name: str,
-         width: int, dtype: np.dtype, batch_size: int, chunk: int) -> np.ndarray:  # fmt: skip
-    store = _Chunks(bench.folder / "checkpoints" / "sweep" / name, (len(rows), width), dtype)
-    told = False
-    with _evaluating(ctx.model), tqdm(total=len(rows), desc=name, unit="row", disable=not bench.progress,
-                                      leave=False) as bar:  # fmt: skip
-        for start in range(0, len(rows), chunk):
-            part = [rows[i] for i in range(start, min(start + chunk, len(rows)))]
-            content = digest(part)
-            if not store.has(start, content):
-                values = np.full((len(part), width), np.nan, dtype)
-                position = {row.id: i for i, row in enumerate(part)}
-                rendered = sorted(bench.render_each(part, config), key=lambda row: len(row.ids), reverse=True)
-                for group in (rendered[i : i + batch_size] for i in range(0, len(rendered), batch_size)):
-                    bench.stop()
-                    began = time.perf_counter()
-                    batch = collate(group, bench.pad_id, weigh(group, config.reduction)).to(ctx.device)
-                    found = measure(batch).detach().reshape(len(group), width).cpu().numpy()
-                    values[[position[row.row_id] for row in group]] = found
-                    if not told:  # the longest batch is the pilot: what it needs in memory is enough for the others
-                        share = _padded(group, batch_size) / _padded(rendered, batch_size)
-                        seconds = (time.perf_counter() - began) / share * (len(rows) - start) / len(part)
-                        _tell(bar, name, len(rows) - start, seconds, ctx.device)
-                        told = True
-                store.put(start, content, values)
-            bar.update(len(part))
-    return store.matrix()
+@dataclass
+class _Sweep:
+    bench: Workbench
+    ctx: StepContext
+    measure: Measure
+    config: TrainConfig
+    name: str
+    batch_size: int
+    chunk: int
+    told: bool = False  # whether time and memory have been estimated
+
+    def run(self, rows: Sequence[Row], width: int, dtype: np.dtype) -> np.ndarray:
+        store = _Chunks(self.bench.folder / "checkpoints" / "sweep" / self.name, (len(rows), width), dtype)
+        bar = tqdm(total=len(rows), desc=self.name, unit="row", disable=not self.bench.progress, leave=False)
+        with _evaluating(self.ctx.model), bar:
+            for start in range(0, len(rows), self.chunk):
+                part = [rows[i] for i in range(start, min(start + self.chunk, len(rows)))]
+                content = digest(part)
+                if not store.has(start, content):
+                    values = np.full((len(part), width), np.nan, dtype)
+                    self._fill(values, part, len(rows) - start, bar)
+                    store.put(start, content, values)
+                bar.update(len(part))
+        return store.matrix()
+
+    def _fill(self, values: np.ndarray, part: Sequence[Row], left: int, bar: tqdm) -> None:
+        """Measure the rows of a chunk, the longest first; `left` rows, this chunk's among them, are to be done."""
+        position = {row.id: i for i, row in enumerate(part)}
+        rendered = sorted(self.bench.render_each(part, self.config), key=lambda row: len(row.ids), reverse=True)
+        for i in range(0, len(rendered), self.batch_size):
+            self.bench.stop()
+            began = time.perf_counter()
+            group = rendered[i : i + self.batch_size]
+            batch = collate(group, self.bench.pad_id, weigh(group, self.config.reduction)).to(self.ctx.device)
+            found = self.measure(batch).detach().reshape(len(group), values.shape[1]).cpu().numpy()
+            values[[position[row.row_id] for row in group]] = found
+            if not self.told:  # the longest batch is the pilot: the memory that it needs is enough for the others
+                whole = (time.perf_counter() - began) * _padded(rendered, self.batch_size) / batch.input_ids.numel()
+                self._tell(left, whole * left / len(part), bar)
+
+    def _tell(self, rows: int, seconds: float, bar: tqdm) -> None:
+        self.told = True
+        device = self.ctx.device
+        if device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated(device)
+        else:
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        text = (f"{self.name}: {rows:,} rows, about {seconds / 60:.1f} min and "
+                f"{memory / 2**30:.1f} GiB of {device.type} memory")  # fmt: skip
+        log.info(text)
+        if not bar.disable:
+            bar.write(text)
+
+
+def _padded(rendered: Sequence[Rendered], batch_size: int) -> int:
+    """Tokens of all batches, padding included; the first row of each is its longest."""
+    return sum(len(rendered[i].ids) * len(rendered[i : i + batch_size]) for i in range(0, len(rendered), batch_size))
 
 
 @dataclass
@@ -136,19 +166,3 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def _padded(rendered: Sequence[Rendered], batch_size: int) -> int:
-    """Tokens of all batches, padding included; the first row of each is its longest."""
-    return sum(len(rendered[i].ids) * len(rendered[i : i + batch_size]) for i in range(0, len(rendered), batch_size))
-
-
-def _tell(bar: tqdm, name: str, rows: int, seconds: float, device: torch.device) -> None:
-    if device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated(device)
-    else:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    text = f"{name}: {rows:,} rows, about {seconds / 60:.1f} min and {memory / 2**30:.1f} GiB of {device.type} memory"
-    log.info(text)
-    if not bar.disable:
-        bar.write(text)

@@ -21,14 +21,18 @@ if TYPE_CHECKING:
 NAME = "selector"  # the adapter that learns
 
 
+def drawn(rows: Sequence[Row], share: float, seed: int) -> Chosen:
+    """A share of the rows, rounded up, without replacement."""
+    return Chosen(rows, random.Random(f"{seed}:warm-up").sample(range(len(rows)), math.ceil(share * len(rows))))
+
+
 def warm_up(bench: Workbench, rows: Sequence[Row], config: TrainConfig, share: float) -> None:
     """Train to theta_0 on a share of the rows, drawn without replacement; 0 leaves the model as it is.
 
     No other row is read.
     """
-    drawn = random.Random(f"{bench.seed}:warm-up").sample(range(len(rows)), math.ceil(share * len(rows)))
-    if drawn:
-        train(bench, TrainingMethod(), OnDemand(bench, Chosen(rows, drawn), config), config, name=NAME)
+    if chosen := drawn(rows, share, bench.seed):
+        train(bench, TrainingMethod(), OnDemand(bench, chosen, config), config, name=NAME)
     else:
         bench.loaded.model = attach(bench, config, NAME)
     bench.loaded.model.eval()

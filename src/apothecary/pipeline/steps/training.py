@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from apothecary.config import build
 from apothecary.curate.keep import keep
 from apothecary.data.rows import RowFile, write_rows
+from apothecary.evals.ranking import planted, ranking
 from apothecary.pipeline.steps import chain
 from apothecary.registry import lookup
 from apothecary.train.config import TrainConfig
@@ -29,7 +30,9 @@ def curate(job: Job) -> Mapping[str, Any]:
     kept = keep(scores, rows, job.config["keep"], job.config["seed"])
     (job.folder / "scores.json").write_text(json.dumps(scores, indent=0) + "\n", "utf-8")
     write_rows(job.folder / "rows.jsonl", kept)
-    return {"rows": len(kept), "pool": len(rows), "work": float(len(rows))}
+    kinds = planted(rows)
+    known = {"ranking": ranking(scores, kinds)} if kinds else {}
+    return {"rows": len(kept), "pool": len(rows), "work": float(len(rows)), **known}
 
 
 def prepare(job: Job) -> Mapping[str, Any]:

@@ -1,0 +1,1 @@
+"""Speed and memory of the methods, always as ratios measured in one run."""
