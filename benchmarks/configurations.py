@@ -62,8 +62,7 @@ def plain(passes: Callable[[Subject], object]) -> Opened:
 
 def _t_vaccine(subject: Subject) -> TVaccine:
     """Draws its layers anew in each step and scores them in none, for which there is a configuration of its own."""
-    layers, rows = subject.shape.layers, subject.shape.rows
-    return TVaccine(gamma=min(8, -(-layers // 3)), resample=1, rescore=10**9, score_rows=min(32, rows))
+    return TVaccine(gamma=min(8, -(-subject.shape.layers // 3)), resample=1, rescore=10**9)
 
 
 def _evenly(subject: Subject) -> list[float]:
@@ -101,14 +100,15 @@ def _repnoise(subject: Subject) -> None:
 CONFIGURATIONS: dict[str, Configuration] = {
     BASELINE: Configuration(product(Sft)),
     "vaccine": Configuration(product(Vaccine)),
-    "vaccine, reference": Configuration(plain(lambda s: vaccine.step(s.ctx.model, s.batch)), every=2),
+    "vaccine, merged probe": Configuration(product(lambda: Vaccine(probe="merged")), layouts=("lora",)),
+    "vaccine, reference": Configuration(plain(lambda s: vaccine.step(s.ctx.model, s.batch)), every=4),
     "t_vaccine": Configuration(_t_vaccine_step, draws=10),
     "t_vaccine, scoring": Configuration(_t_vaccine_scoring, every=5),
-    "t_vaccine, reference": Configuration(plain(_t_vaccine_reference), every=2),
+    "t_vaccine, reference": Configuration(plain(_t_vaccine_reference), every=4),
     "booster": Configuration(product(Booster)),
-    "booster, reference": Configuration(plain(_booster), every=2),
+    "booster, reference": Configuration(plain(_booster), every=4),
     "repnoise": Configuration(product(RepNoise)),
-    "repnoise, reference": Configuration(plain(_repnoise)),
+    "repnoise, reference": Configuration(plain(_repnoise), every=2),
     "security_vectors": Configuration(product(SecurityVectors)),
     "security_vectors, branch": Configuration(product(lambda: SecurityVectors(execution="branch"))),
 }

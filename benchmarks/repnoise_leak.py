@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from benchmarks.reference import repnoise
 from benchmarks.reference.common import decoder
-from benchmarks.rounds import keep_freed_memory, timed
+from benchmarks.rounds import collected_by_hand, keep_freed_memory, timed
 from benchmarks.step_cost import CLOCKS, conditions, write
 from benchmarks.subjects import SHAPES, Subject, make_subject
 
@@ -56,10 +57,11 @@ def step(subject: Subject, leak: bool) -> None:
 def curves(subjects: dict[str, Subject], steps: int, device: str) -> dict[str, list[dict[str, float]]]:
     """Seconds and hooks of each step, by kind."""
     found: dict[str, list[dict[str, float]]] = {kind: [] for kind in subjects}
-    for _ in range(steps):
-        for kind, subject in subjects.items():
-            times = timed(subject, lambda kind=kind, subject=subject: step(subject, kind == "leaking"), device)
-            found[kind].append({"seconds": times["passes"], "hooks": hooks_on(subject.ctx.model)})
+    with collected_by_hand():
+        for _ in range(steps):
+            for kind, subject in subjects.items():
+                times = timed(subject, partial(step, subject, kind == "leaking"), device)
+                found[kind].append({"seconds": times["passes"], "hooks": hooks_on(subject.ctx.model)})
     return found
 
 

@@ -6,7 +6,8 @@ import ctypes
 import gc
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,19 +38,28 @@ def clock(device: str) -> float:
     return time.perf_counter()
 
 
+@contextmanager
+def collected_by_hand() -> Iterator[None]:
+    """No garbage collection but between steps, and none of what is there already."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
 def timed(subject: Subject, passes: Callable[[], object], device: str) -> Times:
     """One training step."""
     gc.collect()
-    gc.disable()
-    try:
-        subject.begin()
-        start = clock(device)
-        passes()
-        between = clock(device)
-        subject.update()
-        return {"passes": between - start, "optimiser": clock(device) - between}
-    finally:
-        gc.enable()
+    subject.begin()
+    start = clock(device)
+    passes()
+    between = clock(device)
+    subject.update()
+    return {"passes": between - start, "optimiser": clock(device) - between}
 
 
 def due(name: str, number: int) -> bool:
@@ -74,14 +84,16 @@ def run_layout(settings: dict[str, Any], layout: str, names: list[str], number: 
     device, shape = settings["device"], SHAPES[settings["shape"]]
     subject = make_subject(shape, layout, device, settings["dtype"], seed=number)
     names = [name for name in names if layout in CONFIGURATIONS[name].layouts]
-    found: dict[str, list[Times]] = {}
-    with CONFIGURATIONS[BASELINE].opened(subject) as passes:
-        timed(subject, passes, device)  # the first step of a process is slower
-    for name in order(names, settings["rounds"], random.Random(f"{layout} {number}")):
-        with CONFIGURATIONS[name].opened(subject) as passes:
-            if name not in memory:
-                subject.begin()
-                memory[name] = memory_of(passes, subject.ctx.model, shape.vocabulary)
-                subject.update()
-            found.setdefault(name, []).append(timed(subject, passes, device))
+    steps = order(names, settings["rounds"], random.Random(f"{layout} {number}"))
+    found: dict[str, list[Times]] = {name: [] for name in steps}
+    with collected_by_hand():
+        with CONFIGURATIONS[BASELINE].opened(subject) as passes:
+            timed(subject, passes, device)  # the first step of a process is slower
+        for name in steps:
+            with CONFIGURATIONS[name].opened(subject) as passes:
+                if name not in memory:
+                    subject.begin()
+                    memory[name] = memory_of(passes, subject.ctx.model, shape.vocabulary)
+                    subject.update()
+                found[name].append(timed(subject, passes, device))
     return found

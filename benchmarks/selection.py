@@ -34,6 +34,7 @@ from apothecary.train.context import StepContext
 from apothecary.train.early import Moments
 from apothecary.train.per_row import row_gradients
 from apothecary.train.scores import Weights, central_scores, checked_step, inner
+from benchmarks.reference.common import loss_of
 from benchmarks.rounds import clock, keep_freed_memory
 from benchmarks.step_cost import CLOCKS, conditions, opened, write
 from benchmarks.subjects import LAYOUTS, SHAPES, make_subject
@@ -52,10 +53,12 @@ def parts(batch: Batch, size: int) -> Iterator[Batch]:
 
 
 def single_gradients(ctx: StepContext, batch: Batch) -> Iterator[Weights]:
-    """Each row's gradient by its own forward and backward."""
+    """Each row's gradient by its own forward and backward, in the obvious way."""
     parameters = ctx.parameters()
     for one in parts(batch, 1):
-        grads = torch.autograd.grad(ctx.per_sample_loss(one, grad=True)[0], list(parameters.values()))
+        with ctx.autocast():
+            loss = loss_of(ctx.model, one)
+        grads = torch.autograd.grad(loss, list(parameters.values()))
         yield dict(zip(parameters, grads, strict=True))
 
 

@@ -82,8 +82,8 @@ def make_subject(shape: Shape, layout: str, device: str = "cpu", dtype: str = "f
         _randomise(model, "trained")
     else:
         model.requires_grad_(True)
-    config = TrainConfig(batch_size=shape.rows, parameters=layout, lora=LoraSettings(rank=RANK),
-                         precision="bf16" if dtype == "bf16" else "fp32")  # type: ignore[arg-type]  # fmt: skip
+    config = TrainConfig(batch_size=shape.rows, parameters="lora" if layout == "lora" else "full",
+                         lora=LoraSettings(rank=RANK), precision="bf16" if dtype == "bf16" else "fp32")  # fmt: skip
     rows = {role: _rows(shape, role) for role in ROLES}
     auxiliary = Auxiliary(rows, shape.rows, 0, config.reduction, seed)
     ctx = StepContext(model.train(), auxiliary, config, prepared=folder)

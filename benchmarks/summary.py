@@ -25,19 +25,21 @@ class Target:
     limit: float
     quantity: str = "step"  # time of a step ("passes": without the optimiser); or bytes: saved, weights, logits
     against: str | None = BASELINE
+    strict: bool = False  # below the limit, not at most
 
 
 def targets(chunk: int) -> list[Target]:
     """The issue's targets; `chunk` is the size in bytes of the logits that the product forms at a time."""
     found = [
         Target("lora", "vaccine", 2.03), Target("full", "vaccine", 1.75),
+        Target("lora", "vaccine, merged probe", 1.95, strict=True),
         Target("lora", "t_vaccine", 1.98), Target("full", "t_vaccine", 1.45),
         Target("lora", "booster", 3.05), Target("full", "booster", 2.95),
         Target("lora", "security_vectors", 1.03), Target("full", "security_vectors", 1.03),
     ]  # fmt: skip
     for layout in LAYOUTS:
         found += [
-            Target(layout, "t_vaccine", 1.0, "saved", "vaccine"),
+            Target(layout, "t_vaccine", 1.0, "saved", "vaccine", strict=True),
             Target(layout, "booster", 2.1, "weights"),  # `.grad` and one tensor more for each weight
             Target(layout, "repnoise", 0.9, "step", "repnoise, reference"),
             Target(layout, "repnoise", chunk, "logits", None),
@@ -62,11 +64,10 @@ def measured(rounds: list[dict[str, Any]], layout: str, name: str, against: str,
     values = ratios(rounds, layout, name, against, quantity)
     if not values:
         return None
-    drawn = CONFIGURATIONS[name].draws > 1
-    value = mean(values) if drawn else median(values)
     if name == "t_vaccine":
         scoring = ratios(rounds, layout, "t_vaccine, scoring", against, "passes")
-        value += median(scoring) / RESCORE if scoring else 0.0
+        values = [value + (median(scoring) / RESCORE if scoring else 0.0) for value in values]
+    value = mean(values) if CONFIGURATIONS[name].draws > 1 else median(values)
     return {"ratio": value, "least": min(values), "most": max(values), "rounds": len(values)}
 
 
@@ -85,8 +86,7 @@ def summarise(result: dict[str, Any], chunk: int) -> dict[str, Any]:
     for target in targets(chunk):
         found = reached(rounds, memory.get(target.layout, {}), target)
         if found is not None:
-            strict = target.quantity == "saved"  # below, not at most
-            met = found < target.limit if strict else found <= target.limit
+            met = found < target.limit if target.strict else found <= target.limit
             checks.append({**target.__dict__, "found": found, "met": met})
     return {"relative to sft": table, "targets": checks}
 
@@ -96,7 +96,7 @@ def reached(rounds: list[dict[str, Any]], memory: dict[str, dict[str, int]], tar
     if target.quantity in ("step", "passes"):
         assert target.against is not None
         found = measured(rounds, target.layout, target.name, target.against, target.quantity)
-        return found and found["ratio"]
+        return found["ratio"] if found else None
     if target.name not in memory or (target.against and target.against not in memory):
         return None
     value = memory[target.name][target.quantity]

@@ -61,7 +61,7 @@ def in_words(target: dict[str, Any]) -> str:
     scale, unit = (MIB, " MiB") if target["quantity"] == "logits" else (1, "")
     limit, found = (f"{target[key] / scale:.2f}{unit}" for key in ("limit", "found"))
     against = "" if target["against"] in (None, "sft") else f" of {target['against']}"
-    sign = "<" if target["quantity"] == "saved" else "at most"
+    sign = "below" if target["strict"] else "at most"
     return f"{kinds[target['quantity']]}{sign} {limit}{against}: {'met' if target['met'] else f'missed ({found})'}"
 
 

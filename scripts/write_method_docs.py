@@ -54,7 +54,7 @@ def sections(doc: str) -> tuple[str, list[str], list[str], list[str]]:
             place = 2
         else:
             parts[place].append(_block(block))
-    return _paragraph(opening), *parts
+    return _paragraph(opening), parts[0], parts[1], parts[2]
 
 
 def _paragraph(text: str) -> str:
@@ -109,7 +109,9 @@ def hyper_parameters(source: str, entry: Entry) -> Iterator[tuple[str, str, str,
 
 
 def _default(tree: ast.Module, value: ast.expr) -> ast.expr:
-    """What a `field(default_factory=...)` makes, where it is written in this file."""
+    """What a `field(default_factory=...)` makes, or a constant of a module of ours stands for."""
+    if isinstance(value, ast.Name):
+        return _constant(tree, value)
     if not (isinstance(value, ast.Call) and getattr(value.func, "id", "") == "field"):
         return value
     factory = next((k.value for k in value.keywords if k.arg == "default_factory"), value)
@@ -121,6 +123,18 @@ def _default(tree: ast.Module, value: ast.expr) -> ast.expr:
             if isinstance(returned, ast.Return) and returned.value is not None:
                 return returned.value
     return factory
+
+
+def _constant(tree: ast.Module, name: ast.Name) -> ast.expr:
+    """The expression behind a constant that is written here or imported from a module of ours."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name.id:
+            return node.value
+        names = [alias.name for alias in node.names] if isinstance(node, ast.ImportFrom) else []
+        if name.id in names and str(node.module).startswith("apothecary."):  # type: ignore[attr-defined]
+            path = ROOT / "src" / Path(*str(node.module).split(".")).with_suffix(".py")  # type: ignore[attr-defined]
+            return _constant(ast.parse(path.read_text("utf-8")), name)
+    return name
 
 
 def needs(source: str, entry: Entry) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from torch import nn
 from apothecary.align.booster import Booster
 from apothecary.align.repnoise import RepNoise
 from apothecary.align.sft import Sft
+from apothecary.align.t_vaccine import TVaccine
 from apothecary.align.vaccine import Vaccine
 from apothecary.curate.seal import Seal, WeightedTraining
 from apothecary.data.rows import Row
@@ -75,6 +76,11 @@ def _vectors(bench: Workbench, folder: Path) -> None:
     save_adapter(model, VECTORS, folder / VECTORS)
 
 
+def _t_vaccine() -> TVaccine:
+    """Other layers at each step, other scores at every second one, so that whatever is not kept shows."""
+    return TVaccine(gamma=1, resample=1, rescore=2, score_rows=5)
+
+
 def _training(**inner: float) -> VectorTraining:
     return VectorTraining(lamb=1.0, target_nll=0.0, **inner)  # type: ignore[arg-type]
 
@@ -92,6 +98,9 @@ CASES: dict[str, Case] = {
     "vaccine": Case("align/vaccine", Vaccine, linear=False),
     "vaccine lora": Case("align/vaccine", Vaccine, "lora", linear=False),
     "vaccine by row": Case("align/vaccine", lambda: Vaccine(norm_scope="sample")),
+    "vaccine merged": Case("align/vaccine", lambda: Vaccine(probe="merged"), "lora", linear=False, tests=SHARED[:2]),
+    "t_vaccine": Case("align/t_vaccine", _t_vaccine, linear=False, tests=SHARED[1:]),
+    "t_vaccine lora": Case("align/t_vaccine", _t_vaccine, "lora", linear=False, tests=SHARED[1:]),
     "booster": Case("align/booster", Booster, at_work="regulariser"),
     "booster lora": Case("align/booster", Booster, "lora", at_work="regulariser"),
     "repnoise": Case("align/repnoise", lambda: RepNoise(beta=1.0), linear=False),

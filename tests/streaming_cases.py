@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ import torch
 from benches import make_rows
 from tiny import tiny_model, tiny_tokenizer
 
-from apothecary.data.rows import RowFile, write_rows
+from apothecary.data.rows import read_rows, write_rows
 from apothecary.models.load import LoadedModel
 from apothecary.models.settings import ModelConfig
 from apothecary.pipeline.stage import Job
 from apothecary.pipeline.steps import chain, training
 from apothecary.pipeline.store import Artifact
 
+ROWS, BALLAST = 2048, 40_000  # 80 MB, of which 512 rows may be in memory at a time
 _WARM = {"max_steps": 2, "batch_size": 4, "save_every": 1}
 _EPOCH = {"epochs": 1, "batch_size": 4, "save_every": 1}
 FIELDS: dict[str, dict[str, Any]] = {  # of each selector that streams
@@ -30,13 +32,9 @@ FIELDS: dict[str, dict[str, Any]] = {  # of each selector that streams
 def write_pool(folder: Path, rows: int, ballast: int) -> Path:
     """A pool of small rows, each with `ballast` bytes that no selector reads."""
     folder.mkdir(parents=True)
-    write_rows(folder / "rows.jsonl", (row_with(row, "x" * ballast) for row in make_rows("pool", rows)))
+    text = "x" * ballast
+    write_rows(folder / "rows.jsonl", (replace(row, meta={"ballast": text}) for row in make_rows("pool", rows)))
     return folder
-
-
-def row_with(row: Any, text: str) -> Any:
-    row.meta["ballast"] = text
-    return row
 
 
 def curate(root: Path, method: str, pool: Path) -> dict[str, float]:
@@ -62,18 +60,17 @@ def peak() -> int:
 
 
 def main(root: Path, method: str) -> None:
-    """Peaks of the stage over small rows, over large rows, and of the large rows all in memory."""
+    """Peaks of the stage over small rows, over large rows, and over large rows that are all held in memory."""
     small, large = write_pool(root / "small", ROWS, 0), write_pool(root / "large", ROWS, BALLAST)
-    peaks = []
-    for pool in (small, large):
-        curate(root, method, pool)
-        peaks.append(peak())
-    held = list(RowFile(large / "rows.jsonl"))
-    print(json.dumps({"file": (large / "rows.jsonl").stat().st_size, "small": peaks[0], "large": peaks[1],
-                      "all": peak(), "rows": len(held)}))  # fmt: skip
+    found = {"file": (large / "rows.jsonl").stat().st_size}
+    for name, pool in (("small", small), ("large", large), ("held", large)):
+        if name == "held":
+            training.RowFile = read_rows  # type: ignore
+        peak()
+        curate(root / name, method, pool)
+        found[name] = peak()
+    print(json.dumps(found))
 
-
-ROWS, BALLAST = 2048, 40_000  # 80 MB; 512 rows are in memory at a time
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -26,4 +26,4 @@ def step(model: nn.Module, batch, harmful, lamb: float = 5.0, alpha: float = 0.1
     add(model, q, length)
     loss_of(model, batch).backward()
     for name, p in trainable(model).items():
-        p.grad += lamb * (q[name] - after[name])
+        p.grad.add_(lamb * (q[name] - after[name]))  # type: ignore[union-attr]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ def loss_of(model: nn.Module, batch) -> Tensor:
     return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
 
 
-def decoder(model: nn.Module) -> nn.Module:
+def decoder(model: nn.Module) -> Any:
     """The Llama under whatever wraps it."""
     return next(module for module in model.modules() if type(module).__name__ == "LlamaModel")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ def step(model: nn.Module, batch, refusal, harmful, noise: Callable[[int], Tenso
          beta: float = 0.001, watched=mlp_outputs) -> None:  # fmt: skip
     """`noise(layer)` has the shape of that layer's MLP output; `watched` collects those outputs."""
     norm = decoder(model).norm
-    head = next(module for name, module in model.named_modules() if name.endswith("lm_head"))
+    head: Any = next(module for name, module in model.named_modules() if name.endswith("lm_head"))
     stability = loss_of(model, batch)
     with watched(model) as outputs:
         states = model(input_ids=harmful.input_ids, attention_mask=harmful.attention_mask,

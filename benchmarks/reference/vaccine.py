@@ -17,7 +17,7 @@ def drift(model: nn.Module, batch, modules: list[nn.Module], rho: float) -> list
 
     with hooks(modules, keep):
         loss_of(model, batch).backward()
-    grads = [output.grad for output in outputs]
+    grads = [output.grad for output in outputs if output.grad is not None]
     model.zero_grad()
     scale = rho / (norm_of(grads) + 1e-7)
     return [(scale * grad).to(grad.dtype) for grad in grads]

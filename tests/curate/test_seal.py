@@ -169,13 +169,14 @@ def test_stopped_anywhere_it_ends_with_the_same_scores(tmp_path, parameters, cal
     assert same_bits(*weights)
 
 
+@pytest.mark.evidence(SEAL, "definition", "accumulation")
 def test_micro_batches_change_nothing(tmp_path):
     found = []
-    for accumulation in (1, 2, 4):
+    for accumulation in (1, 3):
         method = Seal(ul=0.6, theta=theta(accumulation=accumulation))
         scores = method.score(make_bench(tmp_path / str(accumulation), float64_model()), make_rows("pool", 9))
         found.append(torch.tensor(list(scores.values()), dtype=torch.float64))
-    assert all(furthest({"w": other}, {"w": found[0]}) < 1e-9 for other in found[1:])
+    assert furthest({"w": found[1]}, {"w": found[0]}) < 1e-9
 
 
 def test_the_defaults_are_those_of_the_authors_script(tmp_path):

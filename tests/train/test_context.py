@@ -25,6 +25,7 @@ from tiny import FAMILIES, HIDDEN, LAYERS, tiny_model
 from apothecary.errors import ModelError, TrainingError
 from apothecary.models.adapters import active_adapters, add_adapter, trainable_adapters
 from apothecary.models.settings import LoraSettings
+from apothecary.train.batch import row_losses
 from apothecary.train.config import TrainConfig
 from apothecary.train.fit import fit
 from apothecary.train.method import TrainingMethod
@@ -83,7 +84,7 @@ def test_a_probe_touches_no_gradient_no_hook_no_flag_and_no_random_state(tmp_pat
 def test_a_probe_that_fails_leaves_no_hook_and_no_frozen_parameter(tmp_path, probe):
     ctx, batch = scene(tmp_path)
     unknown, shorter = {"input_ids": batch.input_ids + 10**6}, {"labels": batch.labels[:, :-2]}
-    broken = replace(batch, **(unknown if probe in ("forward", "last_hidden") else shorter))
+    broken = replace(batch, **(unknown if probe in ("forward", "last_hidden", "per_sample_loss") else shorter))
     with pytest.raises((RuntimeError, ValueError, IndexError)):
         PROBES[probe](ctx, broken)
     assert count_hooks(ctx.model) == 0 and all(p.requires_grad for p in ctx.model.parameters())
@@ -422,3 +423,17 @@ def test_bf16_autocast_keeps_probes_in_fp32(tmp_path):
     assert ctx.loss(batch).dtype == torch.float32
     assert {g.dtype for g in ctx.hidden_grads(batch).values()} == {torch.float32}
     assert {g.dtype for g in ctx.grads(batch).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_row_losses_need_no_logits_of_prompts_that_all_rows_have(tmp_path, family):
+    bench = make_bench(tmp_path, tiny_model(family))
+    ctx, rows = make_context(bench), make_rows("row", 4)
+    batch = make_batch(bench, rows)
+    first = min(row.start for row in bench.render(rows, TrainConfig()))
+    assert batch.tail == batch.input_ids.shape[1] - first + 1 < batch.input_ids.shape[1]
+    expected = row_losses(ctx.forward(batch, grad=False).logits, batch)
+    torch.testing.assert_close(ctx.per_sample_loss(batch), expected, rtol=1e-5, atol=1e-6)
+    assert ctx.forward(batch, grad=False, logits=batch.tail).logits.shape[1] == batch.tail
+    blank = replace(batch, labels=torch.full_like(batch.labels, -100))
+    assert blank.tail == 1 and torch.equal(ctx.per_sample_loss(blank), torch.zeros(4))

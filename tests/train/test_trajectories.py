@@ -39,7 +39,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "curate/less": {"warmup": EPOCH, "share": 0.7, "projection_dim": 16},
     "curate/less_sgd": {"warmup": EPOCH, "share": 0.7},
     "curate/pharmacist": {"epochs": 1, "batch_size": 6},
-    "curate/seal": {"epochs": 1},
+    "curate/seal": {"theta": replace(EPOCH, reduction="sample_mean")},
+    "align/t_vaccine": {"gamma": 3, "resample": 4, "rescore": 8, "score_rows": 6},
 }
 
 

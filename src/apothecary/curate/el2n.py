@@ -60,7 +60,8 @@ class El2n(Selector):
             ctx = bench.context(self.warmup)
 
             def measure(batch: Batch, ctx=ctx) -> Tensor:
-                return sign * errors(ctx.forward(batch, grad=False).logits, batch) / self.checkpoints
+                logits = ctx.forward(batch, grad=False, logits=batch.tail).logits
+                return sign * errors(logits, batch) / self.checkpoints
 
             found = sweep(bench, ctx, rows, measure, self.warmup, f"el2n-{point.number}", self.batch_size)
             scores = {name: score + found[name] for name, score in scores.items()}
@@ -68,12 +69,15 @@ class El2n(Selector):
 
 
 def errors(logits_BTV: Tensor, batch: Batch) -> Tensor:
-    """|| softmax - onehot ||_2, mean over the response tokens of each row, [B], in at least fp32."""
+    """|| softmax - onehot ||_2, mean over the response tokens of each row, [B], in at least fp32.
+
+    Logits of the batch's tail will do.
+    """
     import torch
 
     from apothecary.data.chat import IGNORE
 
-    targets_BT = batch.labels[:, 1:]
+    targets_BT = batch.labels[:, -logits_BTV.shape[1] :][:, 1:]
     counted_BT = targets_BT != IGNORE
     logits_NV = logits_BTV[:, :-1][counted_BT]  # response tokens of all rows
     error_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32)).softmax(-1)

@@ -9,9 +9,9 @@ corrects for length here.
 
 Direction and warm-up are ours, as the literature has both ends: filters for text quality keep low perplexity, pruning
 by difficulty keeps high loss.  For safety data we keep low loss after one epoch on the pool, because what many rows
-agree on is learnt first and mislabelled rows last: in a trial with planted bad rows, minus the loss told good from bad
-with an AUC of 0.94 after that epoch, but of 0.39 before it, when the loss of a refusal says only how unusual refusals
-are to the base model.  With `warmup_share: 0`, consider `direction: high`.
+agree on is learnt first and mislabelled rows last.  All depends on how far that epoch goes: on the lab's planted pool
+(2,000 rows, one seed) minus the loss told good rows from the others with an AUC of 0.42 before it, 0.89 after it with
+LoRA, the default, and 1.00 after it with `warmup.parameters: full`; with 500 rows, 0.48, 0.49 and 0.99.
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ class WeightedTraining(TrainingMethod):
         loss = ctx.backward(ul * upper + (1 - ul) * lower)
 
         slope_N = gradient(state["w"], chosen, pool_B.detach(), batch.normaliser)
-        ctx.scratch["slope"] = slope_N + (ctx.scratch["slope"] if ctx.micro else 0.0)
+        ctx.scratch["slope"] = slope_N + ctx.scratch.pop("slope", 0.0)
         if ctx.last_micro_step:
             self.move(state, ctx.sum_over_processes(ctx.scratch.pop("slope")))
         return loss

@@ -38,6 +38,12 @@ class Batch:
         """Supervised tokens of each row, at least 1 so that it can divide."""
         return (self.labels[:, 1:] != IGNORE).sum(1).clamp_min(1)
 
+    @property
+    def tail(self) -> int:
+        """How many of the last positions it takes to predict every response token; at least 1."""
+        unread = (self.labels[:, 1:] == IGNORE).all(0).long().cumprod(0).sum()
+        return self.labels.shape[1] - int(unread)
+
     def share(self, reduction: str) -> float | Tensor:
         """These rows' part of the normaliser; the shares of a step add up to 1."""
         weight = len(self.row_ids) if reduction == "sample_mean" else (self.labels[:, 1:] != IGNORE).sum()
@@ -96,8 +102,8 @@ def token_losses(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
 
 
 def row_losses(logits_BTV: Tensor, batch: Batch) -> Tensor:
-    """Mean cross-entropy over the response tokens of each row, [B] (methods.md 1.2)."""
-    return token_losses(logits_BTV, batch.labels).sum(1) / batch.tokens_B
+    """Mean cross-entropy over the response tokens of each row, [B] (methods.md 1.2); the batch's tail will do."""
+    return token_losses(logits_BTV, batch.labels[:, -logits_BTV.shape[1] :]).sum(1) / batch.tokens_B
 
 
 def batch_loss(logits_BTV: Tensor, batch: Batch, reduction: str, weight: float | Tensor = 1.0) -> Tensor:

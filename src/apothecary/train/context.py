@@ -107,12 +107,13 @@ class StepContext:
 
     # -- passes ---------------------------------------------------------------------------------------------------
 
-    def forward(self, batch: Batch, collect: Sequence[str] = (), grad: bool = True, logits: bool = True) -> Output:
+    def forward(self, batch: Batch, collect: Sequence[str] = (), grad: bool = True,
+                logits: bool | int = True) -> Output:  # fmt: skip
         """Logits and chosen internals: "attn_out", "mlp_out" (by layer), "hidden" (outputs of decoder layers) and
         "embedded" (what enters the first of them, as layer 0).
 
         Without `grad` it is a probe: the next pass draws the same dropout masks.  Without `logits` the head reads the
-        last token alone.
+        last token alone; with a number, that many of the last ones.
         """
         finders = {"attn_out": attention_blocks, "mlp_out": mlp_blocks,
                    "hidden": lambda model: dict(enumerate(layer for _, layer in decoder_layers(model)))}  # fmt: skip
@@ -139,7 +140,7 @@ class StepContext:
             stack.enter_context(torch.set_grad_enabled(grad))
             found = self.model(
                 input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False,
-                **({} if logits else {"logits_to_keep": 1}),
+                **({} if logits is True else {"logits_to_keep": logits or 1}),
             )  # fmt: skip
         return Output(found.logits, collected)
 
@@ -179,8 +180,8 @@ class StepContext:
         return loss.detach()
 
     def per_sample_loss(self, batch: Batch, grad: bool = False) -> Tensor:
-        """Mean loss over the response tokens of each row, [B]."""
-        return row_losses(self.forward(batch, grad=grad).logits, batch)
+        """Mean loss over the response tokens of each row, [B]; where all rows hold prompt, there are no logits."""
+        return row_losses(self.forward(batch, grad=grad, logits=batch.tail).logits, batch)
 
     def grads(self, batch: Batch, weight: float | Tensor = 1.0, reduce: bool = True) -> dict[str, Tensor]:
         """Gradients of the trainable parameters for this batch; `.grad`, hooks and random state stay as they were.

@@ -16,7 +16,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from apothecary.errors import TrainingError
-from apothecary.train.batch import Batch, row_losses
+from apothecary.train.batch import Batch
 from apothecary.train.context import StepContext
 
 Named = tuple[str, Tensor]  # a parameter's name and something of shape [B, ...]
@@ -38,7 +38,7 @@ def row_gradients(ctx: StepContext, batch: Batch) -> Iterator[Named]:
 
     handles = [module.register_forward_hook(keep) for module in layers]
     try:
-        losses = row_losses(ctx.forward(batch).logits, batch)
+        losses = ctx.per_sample_loss(batch, grad=True)
     finally:
         for handle in handles:
             handle.remove()
