@@ -16,7 +16,7 @@ from apothecary.data.rows import read_rows, write_rows
 from apothecary.models.load import LoadedModel
 from apothecary.models.settings import ModelConfig
 from apothecary.pipeline.stage import Job
-from apothecary.pipeline.steps import chain, training
+from apothecary.pipeline.steps import chain, selection
 from apothecary.pipeline.store import Artifact
 
 ROWS, BALLAST = 2048, 40_000  # 80 MB, of which 512 rows may be in memory at a time
@@ -47,7 +47,7 @@ def curate(root: Path, method: str, pool: Path) -> dict[str, float]:
     folder = root / "stage" / pool.name
     folder.mkdir(parents=True, exist_ok=True)
     config = {"kind": "curate", "method": method, "fields": FIELDS[method], "keep": 0.5, "seed": 0}
-    training.curate(Job(config, {"rows": Artifact(pool), "aux.validation": Artifact(validation)}, folder))
+    selection.curate(Job(config, {"rows": Artifact(pool), "aux.validation": Artifact(validation)}, folder))
     return json.loads((folder / "scores.json").read_text())
 
 
@@ -65,7 +65,7 @@ def main(root: Path, method: str) -> None:
     found = {"file": (large / "rows.jsonl").stat().st_size}
     for name, pool in (("small", small), ("large", large), ("held", large)):
         if name == "held":
-            training.RowFile = read_rows  # type: ignore
+            selection.RowFile = read_rows  # type: ignore
         peak()
         curate(root / name, method, pool)
         found[name] = peak()

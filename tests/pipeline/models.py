@@ -76,8 +76,9 @@ def evaluate(job: Job) -> dict:
 
 def install(patch: pytest.MonkeyPatch) -> None:
     """Let the planner use the stand-ins."""
-    for name in ("train", "prepare", "curate"):
-        patch.setattr(plan.training, name, globals()[name])
+    patch.setattr(plan.training, "train", train)
+    patch.setattr(plan.training, "prepare", prepare)
+    patch.setattr(plan.selection, "curate", curate)
     patch.setattr(plan.evaluation, "evaluate", evaluate)
     patch.setattr(preflight, "check", lambda stages, executor: None)
 

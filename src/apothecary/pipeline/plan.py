@@ -13,7 +13,7 @@ from apothecary.evals.suites import SUITES
 from apothecary.models.digest import weights_digest
 from apothecary.pipeline.recipe import Align, Arm, Attack, Curate, Finetune, Recipe, Section, defends_with_harmful
 from apothecary.pipeline.stage import Stage
-from apothecary.pipeline.steps import evaluation, rows, training
+from apothecary.pipeline.steps import evaluation, rows, selection, training
 from apothecary.registry import entries
 
 KINDS = ("data", "overlap", "curate", "align", "attack", "prepare", "finetune", "evaluate")
@@ -115,7 +115,7 @@ class _Planner:
     def _curate(self, arm: Arm, section: Curate, pool: Stage, seed: int) -> Stage:
         inputs = {"rows": pool, **self._aux(arm, section.roles)}
         label = f"curate {section.method} {section.keep:.0%} (seed {seed})"
-        return self._method("curate", label, training.curate, section, seed, inputs, {"keep": section.keep})
+        return self._method("curate", label, selection.curate, section, seed, inputs, {"keep": section.keep})
 
     def _attack(self, arm: Arm, section: Attack, fields: dict[str, Any], seed: int) -> Stage:
         roles = dict.fromkeys(("customer", "attack", "general", *section.roles))

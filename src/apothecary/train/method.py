@@ -111,7 +111,7 @@ class Selector(Method):
     """A method that ranks rows."""
 
     def check(self, keep: float) -> None:
-        """Raise ConfigError where the method cannot work with this share of rows to keep; asked before any stage runs."""
+        """Raise ConfigError where this share of rows cannot be kept; asked before any stage runs."""
 
     def score(self, bench: Workbench, rows: Sequence[Row]) -> dict[str, float]:
         """A number for each row id; larger is kept."""

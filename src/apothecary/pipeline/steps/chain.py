@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from apothecary.config import build
 from apothecary.models.settings import ModelConfig
+from apothecary.registry import lookup
 
 if TYPE_CHECKING:
     from apothecary.models.load import LoadedModel
@@ -62,3 +63,9 @@ def bench(job: Job, aligned: bool = True) -> Workbench:
         stop=job.check,
         progress=job.progress,
     )
+
+
+def method(job: Job) -> Any:
+    """The method of a stage with its hyper-parameters."""
+    kind = job.config["kind"]
+    return build(lookup(kind, job.config["method"]), job.config["fields"], kind)
