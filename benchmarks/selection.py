@@ -138,7 +138,7 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON file, continued where it exists")
     parser.add_argument("--rounds", type=int, default=5, help="rounds that the file shall hold (default 5)")
     parser.add_argument("--rows", type=int, default=32, help="rows that are scored in a round (default 32)")
-    parser.add_argument("--batch", type=int, default=16, help="rows of a batched pass (default 16)")
+    parser.add_argument("--batch", type=int, default=32, help="rows of a batched pass (default 32)")
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--device", choices=CLOCKS, default="cpu")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")

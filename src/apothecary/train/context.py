@@ -140,7 +140,7 @@ class StepContext:
             stack.enter_context(torch.set_grad_enabled(grad))
             found = self.model(
                 input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False,
-                **({} if logits is True else {"logits_to_keep": logits or 1}),
+                **({} if logits is True else {"logits_to_keep": _last(batch, logits or 1)}),
             )  # fmt: skip
         return Output(found.logits, collected)
 
@@ -384,3 +384,9 @@ class StepContext:
 
     def autocast(self) -> AbstractContextManager:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16")
+
+
+def _last(batch: Batch, count: int) -> Tensor:
+    """The last positions by their numbers: what they pick is contiguous, and multiplied faster than a slice."""
+    width = batch.input_ids.shape[1]
+    return torch.arange(width - count, width, device=batch.input_ids.device)
