@@ -79,7 +79,8 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
     made = Chain(tmp_path_factory.mktemp("chain"))
     done = made.run("--out", "first")
     assert done.returncode == 0, done.stderr
-    assert done.stderr == ""  # libraries say nothing
+    told = done.stderr.splitlines()  # libraries say nothing, the method that it was trained too short
+    assert told and all(line.startswith("security vectors ended at") for line in told)
     assert done.stdout.splitlines()[-1] == f"page: {made.folder / 'first' / 'report.html'}"
     return made
 

@@ -104,10 +104,11 @@ def first_order(weights, w, chosen, train, harmful, validation, shape, eta, alph
     return -eta * (1 - alpha) * torch.autograd.grad(matched, w)[0]
 
 
-def learn(weights, steps, rows, shape, eta, alpha, learning_rate, exact):
-    """w after a step of Adam for each (chosen, train, harmful, validation), from 0.1 for every row."""
+def learn(weights, steps, rows, shape, eta, alpha, learning_rate, exact, betas=(0.9, 0.999)):
+    """w after a step of Adam or of plain descent for each (chosen, train, harmful, validation), from 0.1 throughout."""
     w = torch.full((rows,), 0.1, dtype=torch.float64, requires_grad=True)
-    optimiser = torch.optim.Adam([w], lr=learning_rate)
+    plain = betas is None
+    optimiser = torch.optim.SGD([w], lr=learning_rate) if plain else torch.optim.Adam([w], learning_rate, betas)
     for chosen, *batches in steps:
         if exact:
             w.grad = torch.autograd.grad(value(weights, w, chosen, *batches, shape, eta, alpha), w)[0]

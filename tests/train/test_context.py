@@ -84,7 +84,7 @@ def test_a_probe_touches_no_gradient_no_hook_no_flag_and_no_random_state(tmp_pat
 def test_a_probe_that_fails_leaves_no_hook_and_no_frozen_parameter(tmp_path, probe):
     ctx, batch = scene(tmp_path)
     unknown, shorter = {"input_ids": batch.input_ids + 10**6}, {"labels": batch.labels[:, :-2]}
-    broken = replace(batch, **(unknown if probe in ("forward", "last_hidden", "per_sample_loss") else shorter))
+    broken = replace(batch, **(shorter if probe == "grads" else unknown))
     with pytest.raises((RuntimeError, ValueError, IndexError)):
         PROBES[probe](ctx, broken)
     assert count_hooks(ctx.model) == 0 and all(p.requires_grad for p in ctx.model.parameters())

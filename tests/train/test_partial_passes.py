@@ -22,10 +22,12 @@ from benches import (
 from tiny import FAMILIES, tiny_model
 from torch import nn
 
+from apothecary.data.chat import IGNORE
 from apothecary.errors import ConfigError, TrainingError
 from apothecary.models.adapters import active_adapters, add_adapter, trainable_adapters
-from apothecary.models.anatomy import decoder_layers
+from apothecary.models.anatomy import attention_blocks, decoder_layers
 from apothecary.models.settings import LoraSettings
+from apothecary.train import internals
 
 DEEP = 4
 
@@ -137,6 +139,24 @@ def test_what_is_reused_can_be_neither_probed_nor_offset(tmp_path):
         with pytest.raises(TrainingError, match="layer 0"), ctx.hidden_offset({0: torch.zeros(1)}):
             pass
     assert len(ctx.hidden_grads(batch)) == DEEP
+
+
+# -- the head ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_probes_head_reads_from_the_first_response_on(tmp_path, family):
+    ctx, batch = scene(tmp_path, deep_model(family))
+    seen, forward = [], ctx.forward
+    ctx.forward = lambda *args, **kwargs: seen.append(forward(*args, **kwargs)) or seen[-1]
+    found = ctx.hidden_grads(batch)
+    first = min(int((row != IGNORE).nonzero()[0]) for row in batch.labels)
+    assert seen[0].logits.shape[1] == batch.labels.shape[1] - first + 1 < batch.labels.shape[1]
+    with internals.probe_zeros(attention_blocks(ctx.model)) as zeros:
+        whole = torch.autograd.grad(ctx.loss(batch), list(zeros.values()))
+    assert furthest(found, dict(enumerate(whole))) < 1e-4
+    empty = replace(batch, labels=torch.full_like(batch.labels, IGNORE))
+    assert all(torch.equal(g, torch.zeros_like(g)) for g in ctx.hidden_grads(empty).values())
 
 
 # -- adapters inside the weights --------------------------------------------------------------------------------------

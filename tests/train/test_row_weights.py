@@ -39,9 +39,16 @@ def test_steps_are_those_of_adam(tmp_path):
     optimiser = torch.optim.Adam([w], lr=5e-3, betas=(0.8, 0.95))
     for _ in range(4):
         w.grad = torch.randn(5, dtype=torch.float64)
-        row_weights.adam(state, w.grad, 5e-3, (0.8, 0.95))
+        row_weights.descend(state, w.grad, 5e-3, (0.8, 0.95))
         optimiser.step()
     torch.testing.assert_close(state["w"], w.detach(), rtol=1e-12, atol=0)
+
+
+@PHARMACIST
+def test_without_betas_a_step_goes_along_the_gradient(tmp_path):
+    state = row_weights.fresh(make_context(make_bench(tmp_path)), 3, 0.1)
+    row_weights.descend(state, torch.tensor([1.0, 0.0, -2.0]), 0.5, None)
+    assert state["w"].tolist() == pytest.approx([-0.4, 0.1, 1.1]) and state["steps"] == 1
 
 
 def test_weights_are_fp32_over_a_half_precision_model(tmp_path):

@@ -2,19 +2,20 @@
 
     theta* = theta_0 - eta_theta * (1/B) sum_j N gamma_j(w) grad l_j(theta_0),      gamma = softmax(w) over the pool
     theta' = theta* - alpha * grad h(theta*),   v = grad f(theta'),   s_j = < v, grad l_j(theta_0) >
-    w_i   <- w_i + eta_w * eta_theta * (1 - alpha) * gamma_i * (s_i - sum_j gamma_j s_j),  as a step of Adam
+    w_i   <- w_i + eta_w * eta_theta * (1 - alpha) * gamma_i * (s_i - sum_j gamma_j s_j)
 
 f: mean loss on validation rows (safe answers), h: on harmful rows, theta_0: the model after a warm-up on the pool.
 mode "bilevel" is the paper's algorithm; mode "score" (ours) ranks by s_j at uniform weights: v once, from theta_0 and
 all harmful and validation rows, then one sweep over the pool.
 
-Cost: the warm-up, then per selector step ("bilevel") 3 forward + 3 backward and 2 forwards for s_j; for the whole pool
-("score") one pass over the harmful and the validation rows and 2 forwards over the pool.  hessian "exact" adds one
-double backward over the harmful rows.
+Cost: the warm-up, then per selector step ("bilevel") 3 forward + 3 backward and 2 forwards for s_j, or ("score") one
+pass over the harmful and validation rows and 2 forwards over the pool; hessian "exact" adds a double backward.
 
 The paper puts 1 - alpha for I - alpha H_h, the attack's derivative; hessian "exact" takes v - alpha H_h(theta*) v
 instead, and the update follows the gradient of f(theta'(w)).  Under Adam only the sign of 1 - alpha counts: at
 alpha = 1 the printed update vanishes and beyond it turns round, so such an alpha is refused.
+Adam also divides a row's pull by its own size, so that w tells how steady s_j is, not how large: on the lab's planted
+pool the modes' ranks correlate by 0.64 to 0.78, by 0.85 with the printed descent (betas null; it wants eta_w near 5).
 Reconstructed, since the authors' repository cannot be had: eta_w, eta_theta, alpha, the number of steps, batch sizes,
 Adam on w, the LoRA layout, and whether the softmax spans the pool (methods.md 3.4); gamma is multiplied by N, so that
 the mean weight is 1.  f and h are means over the response tokens of a batch, l_j over those of a row.
@@ -53,8 +54,8 @@ class Pharmacist(Selector):
     normalise: bool = False  # divide the harmful gradient by its norm before the step
     hessian: Literal["scalar", "exact"] = "scalar"  # 1 - alpha as printed, or one double backward
     eta_theta: float = 1e-3  # > 0, step of the lower level (T-Vaccine's alignment rate)
-    eta_w: float = 5e-3  # > 0, Adam's learning rate on w (SEAL)
-    betas: tuple[float, float] = (0.9, 0.999)  # Adam's on w (ours)
+    eta_w: float = 5e-3  # > 0, learning rate of w (SEAL, for Adam)
+    betas: tuple[float, float] | None = (0.9, 0.999)  # Adam's on w (ours); null: plain descent, as printed
     init: float = 0.1  # w of every row at the start (SEAL)
     epochs: int = 3  # >= 1, passes over the pool in mode "bilevel" (SEAL)
     batch_size: int = 10  # >= 1, rows of the pool, the harmful and the validation set per step (T-Vaccine)
@@ -67,7 +68,7 @@ class Pharmacist(Selector):
     def __post_init__(self) -> None:
         expect(self, "at least 0", lambda x: x >= 0, "alpha")
         expect(self, "a finite number above 0", lambda x: x > 0 and math.isfinite(x), "eta_theta", "eta_w")
-        expect(self, "two numbers in [0, 1)", lambda pair: all(0 <= x < 1 for x in pair), "betas")
+        expect(self, "null or two numbers in [0, 1)", lambda pair: all(0 <= x < 1 for x in pair or ()), "betas")
         expect(self, "at least 1", lambda n: n >= 1, "epochs", "batch_size")
         expect(self, "a share in [0, 1]", lambda x: 0 <= x <= 1, "warmup_share")
         if (self.mode, self.hessian) == ("bilevel", "scalar"):
@@ -115,8 +116,8 @@ class Pharmacist(Selector):
         return pool.scores(state["w"])
 
     def selector_step(self, ctx: StepContext, batch: Batch, chosen: Sequence[int], state: State, sample: Batch) -> None:
-        """One step of w; the parameters are theta_0 before and after."""
-        from apothecary.train.row_weights import adam, sigma
+        """The parameters are theta_0 before and after."""
+        from apothecary.train.row_weights import descend, sigma
         from apothecary.train.scores import checked_step, row_scores
 
         ctx.begin_step(1)
@@ -125,7 +126,7 @@ class Pharmacist(Selector):
         if self.gradient == "central" and "difference" not in state:
             state["difference"] = checked_step(ctx, sample, target, "mean")
         slopes_B = row_scores(ctx, batch, target, "mean", state.get("difference"))
-        adam(state, self.gradient_of_w(state["w"], chosen, slopes_B), self.eta_w, self.betas)
+        descend(state, self.gradient_of_w(state["w"], chosen, slopes_B), self.eta_w, self.betas)
 
     def target(self, ctx: StepContext, batch: Batch, sigma_B: Tensor, harmful: Batch, validation: Batch) -> Weights:
         """v after the lower step and the attack."""
@@ -136,7 +137,6 @@ class Pharmacist(Selector):
             return self.after_attack(ctx, [harmful], [validation])
 
     def after_attack(self, ctx: StepContext, harmful: Sequence[Batch], validation: Sequence[Batch]) -> Weights:
-        """v at the current parameters."""
         from apothecary.train.simulated_attack import post_attack_gradient
 
         return post_attack_gradient(ctx, harmful, validation, self.alpha, self.normalise, self.hessian == "exact")
@@ -145,5 +145,5 @@ class Pharmacist(Selector):
         """d f(theta') / d w, [N]."""
         from apothecary.train.row_weights import gradient
 
-        second_order = 1.0 if self.hessian == "exact" else 1 - self.alpha
-        return -self.eta_theta * second_order * gradient(w_N, chosen, slopes_B, len(chosen))
+        factor = 1.0 if self.hessian == "exact" else 1 - self.alpha
+        return -self.eta_theta * factor * gradient(w_N, chosen, slopes_B, len(chosen))

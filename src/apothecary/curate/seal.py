@@ -123,10 +123,10 @@ class WeightedTraining(TrainingMethod):
         return max(0.0, self.seal.ul - self.seal.ul_decay * epoch)
 
     def move(self, state: State, slope_N: Tensor) -> None:
-        from apothecary.train.row_weights import adam
+        from apothecary.train.row_weights import descend
 
         clipped_N = slope_N * (self.seal.clip / slope_N.norm().clamp_min(self.seal.clip))
-        adam(state, clipped_N, self.seal.eta_w, self.seal.betas)
+        descend(state, clipped_N, self.seal.eta_w, self.seal.betas)
 
     def finish(self, ctx: StepContext, state: State) -> None:
         self.learnt.update(state)

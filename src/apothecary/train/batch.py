@@ -107,8 +107,8 @@ def row_losses(logits_BTV: Tensor, batch: Batch) -> Tensor:
 
 
 def batch_loss(logits_BTV: Tensor, batch: Batch, reduction: str, weight: float | Tensor = 1.0) -> Tensor:
-    """The batch's share of the step's loss; `weight` is one number, or one for each row [B]."""
-    row_B = token_losses(logits_BTV, batch.labels).sum(1)
+    """The batch's share of the step's loss; `weight` is one number, or one for each row [B]; the tail will do."""
+    row_B = token_losses(logits_BTV, batch.labels[:, -logits_BTV.shape[1] :]).sum(1)
     if reduction == "sample_mean":
         row_B = row_B / batch.tokens_B
     return (weight * row_B).sum() / batch.normaliser

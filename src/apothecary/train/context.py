@@ -256,11 +256,13 @@ class StepContext:
     def hidden_grads(self, batch: Batch, layers: Sequence[int] | None = None) -> dict[int, Tensor]:
         """Gradients of the batch's loss with respect to the attention outputs, [B, T, D] by layer.
 
-        No parameter gradient is formed, and nothing below the first chosen layer is differentiated.
+        No parameter gradient is formed, nothing below the first chosen layer is differentiated, and the head reads
+        nothing before the first response of any row.
         """
         with internals.frozen(self.model.parameters()), internals.probe_zeros(self._attention(layers)) as zeros:
             with internals.same_randomness(self.device):
-                loss = self.loss(batch)
+                logits = self.forward(batch, logits=batch.tail).logits
+            loss = batch_loss(logits, batch, self.config.reduction)
             found = torch.autograd.grad(loss, list(zeros.values()))
         return dict(zip(zeros, found, strict=True))
 

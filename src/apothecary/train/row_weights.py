@@ -46,9 +46,12 @@ def gradient(w_N: Tensor, chosen: Sequence[int], coefficient_B: Tensor, rows: fl
     return len(w_N) / rows * gamma_N * (c_N - (gamma_N * c_N).sum())
 
 
-def adam(state: State, gradient_N: Tensor, learning_rate: float, betas: tuple[float, float]) -> None:
-    """One step of Adam on w, without weight decay."""
+def descend(state: State, gradient_N: Tensor, learning_rate: float, betas: tuple[float, float] | None) -> None:
+    """One step on w without weight decay: of Adam, or without betas along the gradient itself."""
     state["steps"] += 1
+    if betas is None:
+        state["w"] = state["w"] - learning_rate * gradient_N
+        return
     state["first"] = betas[0] * state["first"] + (1 - betas[0]) * gradient_N
     state["second"] = betas[1] * state["second"] + (1 - betas[1]) * gradient_N.square()
     first_N = state["first"] / (1 - betas[0] ** state["steps"])
