@@ -24,8 +24,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, help="file to write")
-    parser.add_argument("--base", help="arm that the others are compared with; else the undefended one of each")
-    parser.add_argument("--only", default="*", help="pattern of the models in the table, such as 'vectors 100, *'")
+    parser.add_argument("--base", help="arm that the others are compared with, such as 'random, {align}'; else the "
+                        "undefended one of each")
+    parser.add_argument("--only", default="*",
+                        help="patterns of the models in the table, such as 'vectors 100, *|undefended*'")
     asked = parser.parse_args()
     results = compact(combine([load_result(run).results for run in asked.runs]))
     if asked.out:

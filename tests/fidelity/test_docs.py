@@ -18,18 +18,35 @@ SCRIPT = ROOT / "scripts" / "write_method_docs.py"
 OURS = [entry for entry in entries().values() if entry.module.startswith("apothecary.")]
 
 
-@pytest.fixture(scope="module")
-def docs():
-    spec = spec_from_file_location("write_method_docs", SCRIPT)
+def module_at(path: Path):
+    spec = spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = sys.modules[spec.name] = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
+@pytest.fixture(scope="module")
+def docs():
+    return module_at(SCRIPT)
+
+
 def test_every_page_is_up_to_date(docs):
     late = [path.name for path in docs.outdated()]
     assert not late, f"run python scripts/write_method_docs.py; out of date: {', '.join(late)}"
+
+
+def test_the_page_on_curation_says_what_was_measured():
+    studies = module_at(ROOT / "scripts" / "write_study_docs.py")
+    page = studies.PAGE.read_text("utf-8")
+    assert studies.filled(page) == page, "run python scripts/write_study_docs.py"
+    assert set(studies.MARKED.findall(page)) == set(studies.PARTS)
+
+
+def test_the_page_on_cost_says_what_was_measured():
+    costs = module_at(ROOT / "benchmarks" / "tables.py")
+    page = (ROOT / "docs" / "cost.md").read_text("utf-8")
+    assert costs.filled(page, ROOT / "benchmarks" / "results") == page, "run python benchmarks/tables.py"
 
 
 def test_every_page_is_written_by_hand_where_it_should_be(docs):

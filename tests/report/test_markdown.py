@@ -94,8 +94,8 @@ def test_each_arm_is_compared_with_its_own_undefended_one():
     heading, _, *lines = rows(page)
     table = {line[0]: line for line in lines}
     assert heading == ["model", "harmful rows", "HS", "refuses", "HS against"]
-    assert table["vectors"][1:] == ["10 %", "10 [6, 17]", "90 [83, 94]", "lower: bare"]
-    assert table["vectors, fast"][-1] == "not told apart: bare, fast"
+    assert table["vectors"][1:] == ["10 %", "10 [6, 17]", "90 [83, 94]", "lower \u221285 [\u221292, \u221278]: bare"]
+    assert table["vectors, fast"][-1] == "not told apart 0 [0, 0]: bare, fast"
     assert table["bare"][-1] == table["aligned"][-1] == NOTHING
     assert "mean over seeds 0, 1 and 2; prompts: 100 harmful." in page and "compliance, not harm" in page
 
@@ -104,7 +104,8 @@ def test_a_base_and_a_choice_of_arms():
     page = markdown(combine([run(0)]), base="bare, fast", only="*ectors*")
     _, _, *lines = rows(page)
     assert [line[0] for line in lines] == ["vectors", "vectors, fast"]
-    assert [line[-1] for line in lines] == ["lower: bare, fast", "not told apart: bare, fast"] and "seed 0;" in page
+    assert [line[-1].partition(" ")[0] for line in lines] == ["lower", "not"] and "seed 0;" in page
+    assert all(line[-1].endswith(": bare, fast") for line in lines)
     assert "HS against" not in markdown(combine([run(0)]), base="absent"), "nothing is compared, no column"
 
 

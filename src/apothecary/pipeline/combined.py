@@ -31,7 +31,7 @@ def combine(runs: Sequence[Results]) -> dict[str, Any]:
     for run in runs:
         for model in run["models"]:
             same = "any" if model["stage"] == "base" else model["seed"]
-            models.setdefault((model["arm"], model["stage"], model["align"], model["curate"], model["p"], same), model)
+            models.setdefault((model["arm"], model["stage"], model["p"], same), model)
         stages |= {stage["key"]: stage for stage in run["stages"] if stage["key"] not in stages}
     seeds = sorted({seed for run in runs for seed in run["recipe"]["seeds"]})
     return {**first, "created": max(run["created"] for run in runs), "recipe": {**first["recipe"], "seeds": seeds},
@@ -39,8 +39,13 @@ def combine(runs: Sequence[Results]) -> dict[str, Any]:
 
 
 def compact(results: Results) -> dict[str, Any]:
-    """Settings, versions and scores without responses, and nothing of the host; `apothecary report` reads it too."""
-    models = [{**{name: model.get(name) for name in MODEL},
+    """Settings, versions and scores without responses, and nothing of the host; `apothecary report` reads it too.
+
+    An aligned model has `made`: the processor time of its alignment and its selection, and how the selector ranked a
+    pool whose faults are known.
+    """
+    stages = {stage["key"]: stage for stage in results["stages"]}
+    models = [{**{name: model.get(name) for name in MODEL}, **_made(model, stages),
                "scores": {suite: _numbers(scores) for suite, scores in model["scores"].items()},
                "harmful_labels": model.get("harmful_labels", "")} for model in results["models"]]  # fmt: skip
     prepared = [{name: stage[name] for name in ("kind", "key", "label", "metrics")}
@@ -48,6 +53,18 @@ def compact(results: Results) -> dict[str, Any]:
     kept = {name: results[name] for name in ("name", "created", "complete", "versions")}
     return {**kept, "harmful_overlap": results.get("harmful_overlap", {}), "recipe": without_places(results["recipe"]),
             "models": models, "stages": prepared}  # fmt: skip
+
+
+def _made(model: Mapping[str, Any], stages: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    if "made" in model or model["stage"] != "aligned" or model.get("artifact") not in stages:
+        return {"made": model["made"]} if "made" in model else {}
+    align = stages[model["artifact"]]
+    made = {"align": {"cpu_seconds": align["cpu_seconds"]}}
+    for stage in (stages[key] for key in align["inputs"] if key in stages):
+        if stage["kind"] == "curate":
+            told = {name: stage["metrics"][name] for name in ("rows", "pool", "ranking") if name in stage["metrics"]}
+            made["curate"] = {"cpu_seconds": stage["cpu_seconds"], **told}
+    return {"made": made}
 
 
 def text(results: Results) -> str:

@@ -6,26 +6,27 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
-from apothecary.report.paired import compare
+from apothecary.report.paired import difference
 from apothecary.report.summary import PLAIN, Group, Summary, summarise
 from apothecary.report.tables import measured, proxy_note
-from apothecary.report.text import NOTHING, bounds, listed, number, ratio
+from apothecary.report.text import NOTHING, bounds, listed, number, points, ratio
 
 SHOWN = ("HS", "refuses", "over-refusal", "benign answered", "task accuracy")
 SIDES = {-1: "lower", 0: "not told apart", 1: "higher", None: NOTHING}
-TESTED = ("HS against the base: McNemar's exact test for one seed; for several, the paired bootstrap over prompts and "
-          "the t interval over seeds must both exclude zero.")  # fmt: skip
+TESTED = ("HS less the base's, in points, paired by prompt: one seed is tested by McNemar; several differ where the "
+          "bootstrap over prompts and the t interval over seeds both exclude zero.")  # fmt: skip
 
 
 def markdown(results: dict[str, Any], base: str | None = None, only: str = "*") -> str:
-    """One line for each arm and p whose name fits the pattern `only`, and what the numbers are.
+    """One line for each arm and p whose name fits one of the patterns `only`, "a*|b*", and what the numbers are.
 
-    The last column tells whether HS differs from that of the base at the same p, prompt by prompt: the arm `base`, or
-    else the arm without a defence that has the same rows and the same training.
+    The last column tells by how much HS differs from that of the base at the same p, prompt by prompt: the arm `base`,
+    in which `{align}` stands for the alignment method of the arm compared, or else the arm without a defence that has
+    the same rows and the same training.
     """
     view = summarise(results)
     columns = [column for column in measured(view) if column.title in SHOWN]
-    chosen = [group for group in view.groups if fnmatchcase(group.label, only)]
+    chosen = [group for group in view.groups if any(fnmatchcase(group.label, each) for each in only.split("|"))]
     against = {group.label: found for group in chosen if (found := _base(view, group, base))}
     cells = [["model", "harmful rows", *(column.title for column in columns), *(["HS against"] * bool(against))]]
     for group in chosen:
@@ -39,7 +40,11 @@ def markdown(results: dict[str, Any], base: str | None = None, only: str = "*") 
 
 
 def _side(group: Group, base: Group | None) -> str:
-    return NOTHING if base is None else f"{SIDES[compare(group, base)]}: {base.label}"
+    if base is None:
+        return NOTHING
+    found = difference(group, base)
+    amount = f" {points(found)}" if found else ""
+    return f"{SIDES[found and found.side]}{amount}: {base.label}"
 
 
 def _base(view: Summary, group: Group, name: str | None) -> Group | None:
@@ -49,7 +54,7 @@ def _base(view: Summary, group: Group, name: str | None) -> Group | None:
     arms: Mapping[str, Any] = {arm["name"]: arm for arm in view.results.get("recipe", {}).get("arms", ())}
     if name is None and group.arm in arms:
         name = next((other for other in arms if other != group.arm and _undefended(arms[other], arms[group.arm])), None)
-    found = view.at(name, group.p) if name else None
+    found = view.at(name.replace("{align}", str(group.methods[1])), group.p) if name else None
     return None if found is group else found
 
 

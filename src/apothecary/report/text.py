@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from apothecary.report.paired import Difference
     from apothecary.report.summary import Estimate
 
 NOTHING = DASH = "\u2013"  # stands where nothing was measured; also joins the ends of a range
@@ -27,6 +28,12 @@ def bounds(estimate: Estimate) -> str:
 def percent(estimate: Estimate) -> str:
     """`84 % [79, 88]`."""
     return f"{number(estimate.value)} % {bounds(estimate)}"
+
+
+def points(difference: Difference) -> str:
+    """`-3 [-10, 4]`, with true minus signs: the difference of two shares in points of percent."""
+    value, low, high = (f"{100 * part:+z.0f}" for part in (difference.value, difference.low, difference.high))
+    return f"{value} [{low}, {high}]".replace("+0", "0").replace("-", "\u2212")
 
 
 def ratio(p: float | None) -> str:
