@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from apothecary.curate.keep import keep
 from apothecary.data.rows import Row
 from apothecary.errors import ConfigError
 from apothecary.train.config import TrainConfig
+from apothecary.train.progress import watched
 
 SHAPE = (LAYERS, 4)
 ROWS = make_rows("pool", 9)
@@ -65,14 +67,14 @@ def test_the_radius_is_at_most_twice_the_best(count):
 
 
 @pytest.mark.evidence("curate/k_center", "definition")
-def test_with_a_limit_the_rest_follows_by_its_distance():
+def test_with_a_limit_the_rest_follows_by_its_distance(tmp_path):
     cloud = points()
     full, cut = KCenter().order(cloud, 0), KCenter(limit=5).order(cloud, 0)
     assert cut[:5] == full[:5] and sorted(cut) == list(range(30)) and cut[5] == full[5]
     far = [min(reference.distance(cloud[i], cloud[j]) for j in cut[:5]) for i in cut[5:]]
     assert far == sorted(far, reverse=True)
     with pytest.raises(Halt):
-        KCenter().order(cloud, 0, halt_at(7))
+        KCenter().order(cloud, 0, partial(watched, make_bench(tmp_path, stop=halt_at(7))))
 
 
 @pytest.mark.evidence("curate/k_center", "definition")

@@ -18,7 +18,7 @@ def scores(pool, users, over, similar=False):
         return [max(values) if similar else -max(values) for values in found]
     best = [math.inf] * len(pool)
     for u in range(len(users)):
-        places = sorted(range(len(pool)), key=lambda i: found[i][u], reverse=similar)
-        for place, i in enumerate(places):
-            best[i] = min(best[i], place)
+        for i, row in enumerate(found):
+            before = sum(other[u] > row[u] if similar else other[u] < row[u] for other in found)
+            best[i] = min(best[i], before)
     return [-place for place in best]

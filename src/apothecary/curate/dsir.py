@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING
 from apothecary.errors import expect
 from apothecary.registry import register
 from apothecary.train.method import Needs, Selector
+from apothecary.train.progress import watched
 
 if TYPE_CHECKING:
     from apothecary.data.rows import Row
@@ -62,11 +63,10 @@ class Dsir(Selector):
     def score(self, bench: Workbench, rows: Sequence[Row]) -> dict[str, float]:
         bench.require(self)
         target_b = self.distribution(bench.aux["validation"], self.smoothing)
-        raw_b = self.distribution(rows, 0.0)
+        raw_b = self.distribution(watched(bench, rows, len(rows), "n-grams of the pool"), 0.0)
         ratio_b = [math.log(p + EPS) - math.log(q + EPS) for p, q in zip(target_b, raw_b, strict=True)]
         scores = {}
-        for row in rows:
-            bench.stop()
+        for row in watched(bench, rows, len(rows), "n-gram weights"):
             words = tokens(row)
             weight = math.fsum(ratio_b[bucket] for bucket in self.features(words))
             noise = gumbel(bench.seed, row.id) if self.gumbel else 0.0

@@ -7,7 +7,7 @@ The score is minus the place in this order, so that any share keeps a prefix of 
 whose radius is at most twice the best one.
 
 Cost: N forward passes for the embeddings, which lie on disk, then for each ordered row one product of the N x D matrix
-with a vector: N^2 D multiplications for all of them, or N D `limit`.
+with a vector: N^2 D multiplications for all of them, or N D `limit`.  A kill keeps the embeddings and costs the order.
 
 Embeddings: the mean last hidden state over prompt and answer, of length 1.  Reconstructed for language models: the
 paper takes the features of an image classifier that is trained on the rows labelled so far.  It starts from such rows;
@@ -20,14 +20,16 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from apothecary.errors import expect
 from apothecary.registry import register
 from apothecary.train.config import TrainConfig
 from apothecary.train.method import Selector
+from apothecary.train.progress import Watch, unwatched, watched
 
 if TYPE_CHECKING:
     import numpy as np
@@ -66,12 +68,12 @@ class KCenter(Selector):
         embedding_ND = embed(bench, bench.context(config), rows, config, "pool", self.tokens, self.normalise,
                              self.batch_size)  # fmt: skip
         scores = dict.fromkeys((row.id for row in rows), -math.inf)
-        for place, i in enumerate(self.order(embedding_ND, bench.seed, bench.stop)):
+        for place, i in enumerate(self.order(embedding_ND, bench.seed, partial(watched, bench))):
             scores[rows[i].id] = -float(place)
         return scores
 
-    def order(self, embedding_ND: np.ndarray, seed: int, stop: Callable[[], None] = lambda: None) -> list[int]:
-        """Indices of the rows that have an embedding, the first to be kept first."""
+    def order(self, embedding_ND: np.ndarray, seed: int, watch: Watch = unwatched) -> list[int]:
+        """Indices of the rows that have an embedding, the first to be kept first; `watch` sees the turns go by."""
         import numpy as np
 
         square_N = np.einsum("nd,nd->n", embedding_ND, embedding_ND)
@@ -86,8 +88,8 @@ class KCenter(Selector):
             mean_D = embedding_ND.mean(0, dtype=np.float64, where=usable_N[:, None]).astype(square_N.dtype)
             nearest_N[usable_N] = (2 * (embedding_ND @ mean_D) - square_N)[usable_N]
         order: list[int] = []
-        for _ in range(min(self.limit or len(square_N), usable_N.sum())):
-            stop()
+        turns = min(self.limit or len(square_N), int(usable_N.sum()))
+        for _ in watch(range(turns), turns, "distances"):
             chosen = int(np.flatnonzero(nearest_N >= nearest_N.max() - tie)[0])
             distance_N = square_N + square_N[chosen] - 2 * (embedding_ND @ embedding_ND[chosen])
             nearest_N[usable_N] = (np.minimum(nearest_N, distance_N) if order else distance_N)[usable_N]

@@ -11,7 +11,8 @@ that epoch's mean learning rate, P random signs.  m_k and v_k stay fixed, withou
 Cost: the warm-up; then for each epoch of it one batched forward + backward over the pool and the validation rows, from
 which the gradients of all rows come (no backward per row).  The projection multiplies every row's gradient with a sign
 matrix of D x projection_dim, which is made anew for each batch; on a CPU it outweighs all else.  It saves nothing here,
-since the validation rows are averaged before the pool is read: 0 skips it and is exact.
+since the validation rows are averaged before the pool is read: 0 skips it and is exact, where D numbers for each row
+of a batch fit in memory and for each validation row on disk.
 
 Deviations from the authors' code (princeton-nlp/LESS): scores are taken in evaluation mode without dropout; gradients
 stay in fp32 where theirs are cast to fp16; features of the pool are not kept, only their products with the subtasks'

@@ -26,6 +26,7 @@ from apothecary.models.settings import ATTENTION, LoraSettings
 from apothecary.registry import register
 from apothecary.train.config import TrainConfig
 from apothecary.train.method import Needs, Selector
+from apothecary.train.progress import watched
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,7 +48,7 @@ def _warm_up() -> TrainConfig:
 @register("curate", "less_sgd")
 @dataclass(frozen=True)
 class LessSgd(Selector):
-    """Hyper-parameters; the defaults are those of LESS."""
+    """Hyper-parameters; the share and the warm-up are those of LESS."""
 
     share: float = 0.05  # of the pool, in (0, 1]: the rows of the warm-up
     row_loss: Literal["mean", "sum"] = "mean"  # over a row's response tokens; "sum" removes the bias to short rows
@@ -101,8 +102,8 @@ class LessSgd(Selector):
         from apothecary.train.scores import combine, scaled
 
         mean: Weights = {}
-        for row in bench.render(rows, replace(self.warmup, over_long="error")):
-            bench.stop()
+        rendered = bench.render(rows, replace(self.warmup, over_long="error"))
+        for row in watched(bench, rendered, len(rows), "validation gradients"):
             grads = ctx.grads(collate([row], bench.pad_id, row.supervised).to(ctx.device))
             unit = scaled(grads, 1 / (len(rows) * global_norm(grads.values()).clamp_min(1e-12)))
             mean = combine(mean, unit, 1.0) if mean else unit

@@ -2,11 +2,12 @@
 
     theta* = theta_0 - eta_theta * (1/B) sum_j N gamma_j(w) grad l_j(theta_0),      gamma = softmax(w) over the pool
     theta' = theta* - alpha * grad h(theta*),   v = grad f(theta'),   s_j = < v, grad l_j(theta_0) >
-    w_i   <- w_i + eta_w * eta_theta * (1 - alpha) * gamma_i * (s_i - sum_j gamma_j s_j)
+    w_i   <- w_i + eta_w * eta_theta * (1 - alpha) * (N/B) gamma_i * (s_i [i in batch] - sum_j gamma_j s_j)
 
-f: mean loss on validation rows (safe answers), h: on harmful rows, theta_0: the model after a warm-up on the pool.
-mode "bilevel" is the paper's algorithm; mode "score" (ours) ranks by s_j at uniform weights: v once, from theta_0 and
-all harmful and validation rows, then one sweep over the pool.
+The sums run over a batch of B of the pool's N rows.  f: mean loss on validation rows (safe answers), h: on harmful
+rows, theta_0: the model after a warm-up on the pool.  mode "bilevel" is the paper's algorithm; mode "score" (ours)
+ranks by s_j at theta_0, without the lower step: v once, from all harmful and validation rows, then one sweep over the
+pool.
 
 Cost: the warm-up, then per selector step ("bilevel") 3 forward + 3 backward and 2 forwards for s_j, or ("score") one
 pass over the harmful and validation rows and 2 forwards over the pool; hessian "exact" adds a double backward.
@@ -16,9 +17,11 @@ instead, and the update follows the gradient of f(theta'(w)).  Under Adam only t
 alpha = 1 the printed update vanishes and beyond it turns round, so such an alpha is refused.
 Adam also divides a row's pull by its own size, so that w tells how steady s_j is, not how large: on the lab's planted
 pool the modes' ranks correlate by 0.64 to 0.78, by 0.85 with the printed descent (betas null; it wants eta_w near 5).
-Reconstructed, since the authors' repository cannot be had: eta_w, eta_theta, alpha, the number of steps, batch sizes,
-Adam on w, the LoRA layout, and whether the softmax spans the pool (methods.md 3.4); gamma is multiplied by N, so that
-the mean weight is 1.  f and h are means over the response tokens of a batch, l_j over those of a row.
+Reconstructed, since the authors' repository cannot be had: eta_w, eta_theta, alpha, the number of selector steps, batch
+sizes and how batches are drawn, Adam on w, the LoRA layout, and whether the softmax spans the pool (methods.md 3.4).
+N and 1/B are ours, so that the mean weight is 1 and a step does not grow with its batch; duplicates of a row have equal
+weights as long as they share batches.  Not confirmed: which model and task the paper's tables are of.  f and h are
+means over the response tokens of a batch, l_j over those of a row.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from apothecary.errors import expect
 from apothecary.registry import register
 from apothecary.train.config import WARM_UP, TrainConfig
 from apothecary.train.method import Needs, Selector, State
+from apothecary.train.progress import watched
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,7 +51,7 @@ if TYPE_CHECKING:
 @register("curate", "pharmacist", paper="2510.10085")
 @dataclass(frozen=True)
 class Pharmacist(Selector):
-    """Hyper-parameters; all but the warm-up's share are reconstructed."""
+    """Hyper-parameters; all are reconstructed but the 200 steps of the warm-up, which became a share of the pool."""
 
     mode: Literal["bilevel", "score"] = "bilevel"
     alpha: float = 0.1  # >= 0, step of the simulated attack (Booster)
@@ -55,12 +59,13 @@ class Pharmacist(Selector):
     hessian: Literal["scalar", "exact"] = "scalar"  # 1 - alpha as printed, or one double backward
     eta_theta: float = 1e-3  # > 0, step of the lower level (T-Vaccine's alignment rate)
     eta_w: float = 5e-3  # > 0, learning rate of w (SEAL, for Adam)
-    betas: tuple[float, float] | None = (0.9, 0.999)  # Adam's on w (ours); null: plain descent, as printed
+    betas: tuple[float, float] | None = (0.9, 0.999)  # Adam's on w (ours); null: plain descent
     init: float = 0.1  # w of every row at the start (SEAL)
     epochs: int = 3  # >= 1, passes over the pool in mode "bilevel" (SEAL)
     batch_size: int = 10  # >= 1, rows of the pool, the harmful and the validation set per step (T-Vaccine)
     gradient: Literal["central", "exact"] = "central"  # s_j by two forwards, or by one backward per row (ours)
-    warmup_share: float = 0.4  # of the pool, in [0, 1]: 200 steps of 10 rows out of 5,000 (paper)
+    sweep_batch_size: int = 32  # >= 1, rows scored at a time in mode "score"; changes nothing but speed and memory
+    warmup_share: float = 0.4  # of the pool, in [0, 1]: 200 steps (paper) of 10 rows out of 5,000
     warmup: TrainConfig = WARM_UP  # training to theta_0; its parameters are those scored
 
     needs = Needs(roles=("validation", "harmful"))
@@ -69,7 +74,7 @@ class Pharmacist(Selector):
         expect(self, "at least 0", lambda x: x >= 0, "alpha")
         expect(self, "a finite number above 0", lambda x: x > 0 and math.isfinite(x), "eta_theta", "eta_w")
         expect(self, "null or two numbers in [0, 1)", lambda pair: all(0 <= x < 1 for x in pair or ()), "betas")
-        expect(self, "at least 1", lambda n: n >= 1, "epochs", "batch_size")
+        expect(self, "at least 1", lambda n: n >= 1, "epochs", "batch_size", "sweep_batch_size")
         expect(self, "a share in [0, 1]", lambda x: 0 <= x <= 1, "warmup_share")
         if (self.mode, self.hessian) == ("bilevel", "scalar"):
             expect(self, "below 1, as 1 - alpha scales the update; or set hessian: exact", lambda x: x < 1, "alpha")
@@ -91,7 +96,7 @@ class Pharmacist(Selector):
             return self.learn(bench, rows)
         ctx = scoring(bench, self.warmup)
         target = self.after_attack(ctx, *(whole_set(bench, ctx, role) for role in ("harmful", "validation")))
-        return pool_scores(bench, ctx, rows, target, "mean", self.gradient)
+        return pool_scores(bench, ctx, rows, target, "mean", self.gradient, self.sweep_batch_size)
 
     def learn(self, bench: Workbench, rows: Sequence[Row]) -> dict[str, float]:
         """w after `epochs` passes over the pool; killed, it goes on from the last saved step."""
@@ -105,25 +110,26 @@ class Pharmacist(Selector):
         pool, file = OnDemand(bench, rows, self.warmup), bench.folder / "checkpoints" / "row_weights.pt"
         state = row_weights.load(file, ctx.device) or row_weights.fresh(ctx, len(pool), self.init)
         ctx.auxiliary.drawn.update((role, state["steps"]) for role in self.needs.roles)
-        sample = probe(bench, ctx, rows)
+        sample = probe(bench, ctx, rows) if self.gradient == "central" else None
         batches = (chosen for epoch in range(self.epochs)
                    for chosen in plan(pool.lengths, self.batch_size, bench.seed, epoch))  # fmt: skip
-        for chosen in islice(batches, state["steps"], None):
-            bench.stop()
+        left = self.epochs * -(-len(pool) // self.batch_size) - state["steps"]
+        for chosen in watched(bench, islice(batches, state["steps"], None), left, "row weights", "step"):
             self.selector_step(ctx, pool.batch(chosen, ctx), chosen, state, sample)
             if self.warmup.save_every and state["steps"] % self.warmup.save_every == 0:
                 row_weights.save(state, file)
         return pool.scores(state["w"])
 
-    def selector_step(self, ctx: StepContext, batch: Batch, chosen: Sequence[int], state: State, sample: Batch) -> None:
-        """The parameters are theta_0 before and after."""
+    def selector_step(self, ctx: StepContext, batch: Batch, chosen: Sequence[int], state: State,
+                      sample: Batch | None) -> None:  # fmt: skip
+        """The parameters are theta_0 before and after; the step of central differences is checked on `sample`."""
         from apothecary.train.row_weights import descend, sigma
         from apothecary.train.scores import checked_step, row_scores
 
         ctx.begin_step(1)
         ctx.begin_micro_step(0)
         target = self.target(ctx, batch, sigma(state["w"], chosen), ctx.aux("harmful"), ctx.aux("validation"))
-        if self.gradient == "central" and "difference" not in state:
+        if sample is not None and "difference" not in state:
             state["difference"] = checked_step(ctx, sample, target, "mean")
         slopes_B = row_scores(ctx, batch, target, "mean", state.get("difference"))
         descend(state, self.gradient_of_w(state["w"], chosen, slopes_B), self.eta_w, self.betas)

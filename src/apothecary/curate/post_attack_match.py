@@ -41,6 +41,7 @@ class PostAttackMatch(Selector):
     alpha: float = 0.1  # >= 0, length of the simulated attack's step in weight space; 0: validation-gradient matching
     row_loss: Literal["sum", "mean"] = "sum"  # over the response tokens of a row; "mean" ranks cut answers high
     gradient: Literal["central", "exact"] = "central"  # s_j by two forwards, or by one backward per row
+    sweep_batch_size: int = 32  # >= 1, rows scored at a time; changes nothing but speed and memory
     warmup_share: float = 0.0  # of the pool, in [0, 1], to train on before; costs the match its signal
     warmup: TrainConfig = WARM_UP  # how; its parameters are those scored
 
@@ -48,6 +49,7 @@ class PostAttackMatch(Selector):
 
     def __post_init__(self) -> None:
         expect(self, "at least 0", lambda x: x >= 0, "alpha")
+        expect(self, "at least 1", lambda n: n >= 1, "sweep_batch_size")
         expect(self, "a share in [0, 1]", lambda x: 0 <= x <= 1, "warmup_share")
 
     def score(self, bench: Workbench, rows: Sequence[Row]) -> dict[str, float]:
@@ -63,4 +65,4 @@ class PostAttackMatch(Selector):
         ctx = scoring(bench, self.warmup)
         harmful, validation = (whole_set(bench, ctx, role) for role in ("harmful", "validation"))
         target = post_attack_gradient(ctx, harmful, validation, self.alpha, normalise=True)
-        return pool_scores(bench, ctx, rows, target, self.row_loss, self.gradient)
+        return pool_scores(bench, ctx, rows, target, self.row_loss, self.gradient, self.sweep_batch_size)

@@ -1,6 +1,7 @@
 """Random: rows drawn uniformly without replacement, the baseline of every selector (methods.md 7).
 
 A row's score depends on its id and the seed alone, so that the choice does not change with the order of the pool.
+Sources are not stratified: a small subset may miss a rare one.
 
 Cost: none.
 """

@@ -18,12 +18,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from apothecary.errors import DataError, expect
 from apothecary.registry import register
 from apothecary.train.config import TrainConfig
 from apothecary.train.method import Needs, Selector
+from apothecary.train.progress import Watch, unwatched, watched
 
 if TYPE_CHECKING:
     import numpy as np
@@ -67,23 +69,27 @@ class TaskVary(Selector):
         user_UD = user_UD[~np.isnan(user_UD[:, 0])]
         if not len(user_UD):
             raise DataError("every customer row is longer than the model takes; shorten them, or raise max_length")
-        score_N = self.unlikeness(pool_ND, user_UD)
+        score_N = self.unlikeness(pool_ND, user_UD, partial(watched, bench))
         return {row.id: value for row, value in zip(rows, score_N.tolist(), strict=True)}
 
-    def unlikeness(self, pool_ND: np.ndarray, user_UD: np.ndarray) -> np.ndarray:
+    def unlikeness(self, pool_ND: np.ndarray, user_UD: np.ndarray, watch: Watch = unwatched) -> np.ndarray:
         """The score of each row, [N]; -inf where the embedding is NaN."""
         import numpy as np
+        from scipy.stats import rankdata
 
         sign = 1.0 if self.direction == "high" else -1.0
-        found_N = np.full(len(pool_ND), {"mean": 0.0, "max": -np.inf, "rank": np.inf}[self.over])
-        for start in range(0, len(user_UD), CHUNK):
-            cosine_NU = pool_ND @ user_UD[start : start + CHUNK].T
+        usable_N = ~np.isnan(pool_ND[:, 0])
+        found_N = np.full(usable_N.sum(), {"mean": 0.0, "max": -np.inf, "rank": np.inf}[self.over])
+        blocks = range(0, len(user_UD), CHUNK)
+        for start in watch(blocks, len(blocks), "similarities"):
+            cosine_NU = pool_ND[usable_N] @ user_UD[start : start + CHUNK].T
             if self.over == "mean":
                 found_N += cosine_NU.sum(1) / len(user_UD)
             elif self.over == "max":
                 found_N = np.maximum(found_N, cosine_NU.max(1))
             else:  # the place of each row from the customer row's point of view, 0 for the first to keep
-                rank_NU = np.argsort(np.argsort(-sign * cosine_NU, axis=0, kind="stable"), axis=0)
+                rank_NU = rankdata(-sign * cosine_NU, method="min", axis=0) - 1  # rows alike have one place
                 found_N = np.minimum(found_N, rank_NU.min(1))
-        score_N = -found_N if self.over == "rank" else sign * found_N
-        return np.where(np.isnan(pool_ND[:, 0]), -np.inf, score_N)
+        score_N = np.full(len(pool_ND), -np.inf)
+        score_N[usable_N] = -found_N if self.over == "rank" else sign * found_N
+        return score_N

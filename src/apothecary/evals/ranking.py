@@ -17,13 +17,14 @@ SHARES = (0.1, 0.25, 0.5)  # of the pool that is kept
 
 
 def planted(rows: Iterable[Row]) -> dict[str, str]:
-    """What each row is, by id; empty unless every row says so."""
+    """What each row is, by id; empty unless every row says so and there are both good rows and others."""
     kinds = {}
     for row in rows:
         if "planted" not in row.meta:
             return {}
         kinds[row.id] = str(row.meta["planted"])
-    return kinds
+    good = sum(kind == GOOD for kind in kinds.values())
+    return kinds if 0 < good < len(kinds) else {}
 
 
 def ranking(scores: Mapping[str, float], kinds: Mapping[str, str]) -> dict[str, Any]:

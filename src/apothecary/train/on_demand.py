@@ -11,6 +11,7 @@ from apothecary.data.rows import Row
 from apothecary.errors import DataError
 from apothecary.train.batch import Batch, collate, weigh
 from apothecary.train.config import TrainConfig
+from apothecary.train.progress import watched
 
 if TYPE_CHECKING:
     from apothecary.train.context import StepContext
@@ -27,7 +28,7 @@ class OnDemand(Sequence[Rendered]):
     def __init__(self, bench: Workbench, rows: Sequence[Row], config: TrainConfig) -> None:
         self.bench, self.rows, self.config = bench, rows, config
         self.position, self.lengths = array("q"), array("q")
-        for i in range(len(rows)):
+        for i in watched(bench, range(len(rows)), len(rows), "tokens"):
             for rendered in bench.render_each([rows[i]], config):
                 self.position.append(i)
                 self.lengths.append(len(rendered.ids))

@@ -106,22 +106,26 @@ def checked_step(ctx: StepContext, batch: Batch, direction: Weights, kind: RowLo
     best = max(found, key=found.__getitem__)
     log.info(f"central differences: step {best:g}, correlation {found[best]:.6f} with exact scores on "
              f"{len(batch.row_ids)} rows")  # fmt: skip
-    if found[best] < AGREEMENT:
+    if not found[best] >= AGREEMENT:
         raise TrainingError(f"central differences correlate only {found[best]:.4f} with exact scores, expected "
                             f"{AGREEMENT} or more; set gradient: exact, which takes a backward per row")  # fmt: skip
     return best
 
 
 def agreement(central_B: Tensor, exact_B: Tensor) -> float:
-    """Their correlation; 1 - relative error where all rows score alike, so that there is none."""
+    """Their correlation; 1 - relative error where all rows score alike, so that there is none.  -1 for what is not
+    finite, and for differences that tell no rows apart which exact scores do."""
     largest = exact_B.abs().max()
     if exact_B.max() - exact_B.min() <= 1e-6 * largest:
-        return 1.0 - ((central_B - exact_B).abs().max() / largest.clamp_min(1e-30)).item()
-    return torch.stack([central_B, exact_B]).double().corrcoef()[0, 1].item()
+        found = 1.0 - (central_B - exact_B).abs().max() / largest.clamp_min(1e-30)
+    else:
+        found = torch.stack([central_B, exact_B]).double().corrcoef()[0, 1]
+    return found.nan_to_num(-1.0, -1.0, -1.0).item()
 
 
 def pool_scores(bench: Workbench, ctx: StepContext, rows: Sequence[Row], direction: Weights, kind: RowLoss,
-                gradient: Gradient) -> dict[str, float]:  # fmt: skip
+                gradient: Gradient, batch_size: int = 32) -> dict[str, float]:  # fmt: skip
     """s_j of every row by id, in one pass over the pool."""
     step = checked_step(ctx, probe(bench, ctx, rows), direction, kind) if gradient == "central" else None
-    return sweep(bench, ctx, rows, lambda batch: row_scores(ctx, batch, direction, kind, step), ctx.config)
+    return sweep(bench, ctx, rows, lambda batch: row_scores(ctx, batch, direction, kind, step), ctx.config,
+                 batch_size=batch_size)  # fmt: skip

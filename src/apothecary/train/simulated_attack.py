@@ -9,6 +9,7 @@ h and f are losses over batches that share one normaliser, so that a whole set m
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from apothecary.train.batch import Batch, collate, weigh
@@ -24,8 +25,9 @@ ROWS = 32  # of a set at a time
 
 
 def whole_set(bench: Workbench, ctx: StepContext, role: str) -> list[Batch]:
-    """All rows of a role in batches of similar length whose losses add up to the mean."""
-    rendered = sorted(bench.render(bench.aux[role], ctx.config), key=lambda row: len(row.ids))
+    """All rows of a role in batches of similar length whose losses add up to the mean; a row too long is refused."""
+    strict = replace(ctx.config, over_long="error")
+    rendered = sorted(bench.render(bench.aux[role], strict), key=lambda row: len(row.ids))
     normaliser = weigh(rendered, ctx.config.reduction)
     return [collate(rendered[i : i + ROWS], bench.pad_id, normaliser).to(ctx.device)
             for i in range(0, len(rendered), ROWS)]  # fmt: skip

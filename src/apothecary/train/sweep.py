@@ -11,11 +11,8 @@ into `name`.
 
 from __future__ import annotations
 
-import logging
 import os
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,19 +26,20 @@ from tqdm.auto import tqdm
 
 from apothecary.data.chat import Rendered
 from apothecary.data.rows import Row, digest
+from apothecary.errors import TrainingError
 from apothecary.train.batch import Batch, collate, weigh
 from apothecary.train.config import TrainConfig
 from apothecary.train.context import StepContext
+from apothecary.train.progress import bar_of, tell
 from apothecary.train.workbench import Workbench
 
-log = logging.getLogger(__name__)
 CHUNK = 512  # rows that are in memory together, and that a kill costs at most
 Measure = Callable[[Batch], Tensor]
 
 
 def sweep(bench: Workbench, ctx: StepContext, rows: Sequence[Row], measure: Measure, config: TrainConfig,
           name: str = "scores", batch_size: int = 32, chunk: int = CHUNK) -> dict[str, float]:  # fmt: skip
-    """`measure(batch)`, [B], of every row by id."""
+    """`measure(batch)`, [B], of every row by id.  Raises TrainingError for a number that is not finite."""
     values = _Sweep(bench, ctx, measure, config, name, batch_size, chunk).run(rows, 1, np.dtype(np.float64))[:, 0]
     scores = np.where(np.isnan(values), -np.inf, values).tolist()
     return {row.id: score for row, score in zip(rows, scores, strict=True)}
@@ -51,7 +49,7 @@ def features(bench: Workbench, ctx: StepContext, rows: Sequence[Row], measure: M
              name: str, width: int, batch_size: int = 32, chunk: int = CHUNK) -> np.ndarray:  # fmt: skip
     """`measure(batch)`, [B, width], of every row: a read-only map of a file, [N, width], in the order of the rows.
 
-    It is fp32, or fp64 under a model in fp64.
+    It is fp32, or fp64 under a model in fp64.  Raises TrainingError for a vector that is not finite.
     """
     wide = next(ctx.model.parameters()).dtype == torch.float64
     dtype = np.dtype(np.float64 if wide else np.float32)
@@ -71,8 +69,7 @@ class _Sweep:
 
     def run(self, rows: Sequence[Row], width: int, dtype: np.dtype) -> np.ndarray:
         store = _Chunks(self.bench.folder / "checkpoints" / "sweep" / self.name, (len(rows), width), dtype)
-        bar = tqdm(total=len(rows), desc=self.name, unit="row", disable=not self.bench.progress, leave=False)
-        with _evaluating(self.ctx.model), bar:
+        with _evaluating(self.ctx.model), bar_of(self.bench, len(rows), self.name) as bar:
             for start in range(0, len(rows), self.chunk):
                 part = [rows[i] for i in range(start, min(start + self.chunk, len(rows)))]
                 content = digest(part)
@@ -93,23 +90,15 @@ class _Sweep:
             group = rendered[i : i + self.batch_size]
             batch = collate(group, self.bench.pad_id, weigh(group, self.config.reduction)).to(self.ctx.device)
             found = self.measure(batch).detach().reshape(len(group), values.shape[1]).cpu().numpy()
+            if not np.isfinite(found).all():
+                odd = next(row.row_id for row, value in zip(group, found, strict=True) if not np.isfinite(value).all())
+                raise TrainingError(f"{self.name}: row '{odd}' is measured as a number that is not finite; lower the "
+                                    "learning rate of what was trained before, or load the model in fp32")  # fmt: skip
             values[[position[row.row_id] for row in group]] = found
             if not self.told:  # the longest batch is the pilot: the memory that it needs is enough for the others
                 whole = (time.perf_counter() - began) * _padded(rendered, self.batch_size) / batch.input_ids.numel()
-                self._tell(left, whole * left / len(part), bar)
-
-    def _tell(self, rows: int, seconds: float, bar: tqdm) -> None:
-        self.told = True
-        device = self.ctx.device
-        if device.type == "cuda":
-            memory = torch.cuda.max_memory_allocated(device)
-        else:
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        text = (f"{self.name}: {rows:,} rows, about {seconds / 60:.1f} min and "
-                f"{memory / 2**30:.1f} GiB of {device.type} memory")  # fmt: skip
-        log.info(text)
-        if not bar.disable:
-            bar.write(text)
+                tell(bar, f"{self.name}: {left:,} rows", whole * left / len(part), self.ctx.device)
+                self.told = True
 
 
 def _padded(rendered: Sequence[Rendered], batch_size: int) -> int:

@@ -23,7 +23,8 @@ NAME = "selector"  # the adapter that learns
 
 def drawn(rows: Sequence[Row], share: float, seed: int) -> Chosen:
     """A share of the rows, rounded up, without replacement."""
-    return Chosen(rows, random.Random(f"{seed}:warm-up").sample(range(len(rows)), math.ceil(share * len(rows))))
+    count = math.ceil(share * len(rows) - 1e-9)  # 0.07 of 100 is 7, and its product in floats a little more
+    return Chosen(rows, random.Random(f"{seed}:warm-up").sample(range(len(rows)), count))
 
 
 def warm_up(bench: Workbench, rows: Sequence[Row], config: TrainConfig, share: float) -> None:
@@ -41,6 +42,7 @@ def warm_up(bench: Workbench, rows: Sequence[Row], config: TrainConfig, share: f
 def scoring(bench: Workbench, config: TrainConfig, roles: Sequence[str] = ()) -> StepContext:
     """A context to score with over what the warm-up trains: losses per token, in fp32.
 
-    bf16 noise would drown the central differences, and a reduction belongs to the training it is set for.
+    bf16 noise would drown the central differences, and a reduction belongs to the training it is set for.  Autocast is
+    off; a model that was loaded in half precision stays so, and the check of the step judges it.
     """
     return bench.context(replace(config, reduction="token_mean", precision="fp32"), roles)
