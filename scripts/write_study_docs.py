@@ -1,4 +1,4 @@
-"""Write the measured numbers of the curation studies into docs/curation.md, between the marks that name them.
+"""Write the measured numbers of the studies into the pages of docs, between the marks that name them.
 
     python scripts/write_study_docs.py
 """
@@ -21,7 +21,8 @@ from apothecary.report.summary import Group, summarise
 from apothecary.report.text import NOTHING, points, ratio
 
 ROOT = Path(__file__).parents[1]
-PAGE, RESULTS = ROOT / "docs" / "curation.md", ROOT / "recipes" / "results"
+PAGES = tuple(ROOT / "docs" / name for name in ("curation.md", "lab.md"))
+RESULTS = ROOT / "recipes" / "results"
 MARKED = re.compile(r"<!-- study: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 Results = dict[str, Any]
 ANY = (0, math.inf)
@@ -29,6 +30,11 @@ ANY = (0, math.inf)
 
 def read(name: str) -> Results:
     return json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
+
+
+def claim() -> str:
+    """Security vectors against undefended models of the same rows and rates."""
+    return markdown(read("security_vectors_claim"), only="vectors*")
 
 
 def ranked() -> str:
@@ -108,7 +114,7 @@ def _harm(ours: Group | None, theirs: Group | None) -> str:
 
 
 PARTS: Mapping[str, Callable[[], str]] = {
-    part.__name__: part for part in (ranked, agreement, methods, selectors, time, pool_size)
+    part.__name__: part for part in (claim, ranked, agreement, methods, selectors, time, pool_size)
 }
 
 
@@ -126,5 +132,6 @@ def filled(text: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(filled(PAGE.read_text("utf-8")), "utf-8")
-    sys.stdout.write(f"{PAGE.relative_to(ROOT)} is up to date\n")
+    for page in PAGES:
+        page.write_text(filled(page.read_text("utf-8")), "utf-8")
+        sys.stdout.write(f"{page.relative_to(ROOT)} is up to date\n")

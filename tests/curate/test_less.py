@@ -9,7 +9,6 @@ import torch
 from benches import float64_model, make_bench, make_rows
 from reference import influence as reference
 from tiny import LAYERS, PAD, tiny_model
-from torch.nn.functional import normalize
 
 from apothecary.curate.keep import keep
 from apothecary.curate.less import Less
@@ -17,11 +16,10 @@ from apothecary.curate.less_sgd import LessSgd
 from apothecary.data.rows import Row
 from apothecary.errors import ConfigError
 from apothecary.models.settings import LoraSettings
-from apothecary.train import fit
+from apothecary.train import fit, per_row
 from apothecary.train.batch import collate
 from apothecary.train.config import TrainConfig
 from apothecary.train.early import subtasks
-from apothecary.train.per_row import projected
 
 SHAPE = (LAYERS, 4)
 LORA = LoraSettings(rank=3, alpha=6, targets=("c_attn", "c_fc", "c_proj"))
@@ -149,14 +147,23 @@ def test_scores_lie_in_the_unit_interval_and_follow_the_target(tmp_path):
     assert max(map(abs, scores.values())) <= 1
 
 
-def test_a_rows_scale_does_not_matter_to_sgd_directions_of_unit_norm():
-    """methods.md 7.1: c > 0 times a loss leaves a normalised score as it is."""
-    source = torch.Generator().manual_seed(0)
-    grads = {"a": torch.randn(4, 9, generator=source), "b": torch.randn(4, 5, generator=source)}
-    c = torch.tensor([0.1, 1.0, 3.0, 50.0])[:, None]
-    scaled = [normalize(projected(((n, c * g) for n, g in grads.items()), size, 0)) for size in (0, 64)]
-    plain = [normalize(projected(grads.items(), size, 0)) for size in (0, 64)]
-    torch.testing.assert_close(scaled, plain)
+@pytest.mark.parametrize("size", [0, 64])
+def test_the_scale_of_a_validation_rows_loss_does_not_matter(tmp_path, monkeypatch, size):
+    """methods.md 7.1: c > 0 times a loss leaves its direction of unit length as it is."""
+    plain = per_row.row_gradients
+
+    def unlike(ctx, batch):
+        """Gradients as if each row's loss were multiplied with a number of its own."""
+        c_B = torch.tensor([1.0 + 7 * (ord(name[-1]) % 5) for name in batch.row_ids])
+        for name, grads in plain(ctx, batch):
+            yield name, grads * c_B.view(-1, *[1] * (grads.dim() - 1)) if "val" in batch.row_ids[0] else grads
+
+    found = []
+    for change in (plain, unlike):
+        monkeypatch.setattr(per_row, "row_gradients", change)
+        bench = make_bench(tmp_path / change.__name__, aux={"validation": validation()})
+        found.append(Less(share=1.0, projection_dim=size, warmup=QUICK).score(bench, POOL))
+    assert found[1] == pytest.approx(found[0], rel=1e-4, abs=1e-7) and len(set(found[0].values())) == len(POOL)
 
 
 def test_a_subtask_may_be_named_in_meta():

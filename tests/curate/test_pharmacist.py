@@ -30,7 +30,6 @@ from apothecary.registry import lookup
 from apothecary.train.config import TrainConfig
 from apothecary.train.on_demand import OnDemand
 from apothecary.train.scores import exact_scores
-from apothecary.train.simulated_attack import whole_set
 
 SHAPE = (LAYERS, 4)
 FULL = TrainConfig(parameters="full", save_every=0)
@@ -249,10 +248,10 @@ def test_stopped_anywhere_it_ends_with_the_same_scores(tmp_path, call):
 def test_resumed_it_takes_only_the_steps_that_were_not_saved(tmp_path):
     method, rows = cold(epochs=1, batch_size=4, warmup=TrainConfig(save_every=2)), make_rows("pool", 24)
     with pytest.raises(Halt):
-        method.score(make_bench(tmp_path, stop=halt_at(5)), rows)
+        method.score(make_bench(tmp_path, stop=halt_at(24 + 5)), rows)  # each row is measured before the steps
     calls = []
     method.score(make_bench(tmp_path, stop=lambda: calls.append(0)), rows)
-    assert len(calls) == 6 - 4
+    assert len(calls) == 24 + 6 - 4
 
 
 @pytest.mark.parametrize("mode", ["score", "bilevel"])
@@ -297,10 +296,28 @@ def test_where_the_printed_update_would_vanish_the_ways_out_are_named():
     Pharmacist(alpha=1.0, hessian="exact"), Pharmacist(alpha=1.0, mode="score")
 
 
+@pytest.mark.evidence(PHARMACIST, "reference")
 def test_the_fast_score_looks_at_every_harmful_and_validation_row(tmp_path):
-    bench = make_bench(tmp_path, aux={role: make_rows(role, 40) for role in ("harmful", "validation")})
-    seen = {name for batch in whole_set(bench, make_context(bench), "harmful") for name in batch.row_ids}
-    assert seen == {f"harmful{i}" for i in range(40)}
+    """40 of each: more than any batch holds."""
+    aux = {role: make_rows(role, 40) for role in ("harmful", "validation")}
+    bench, rows = make_bench(tmp_path, float64_model(), aux=aux), make_rows("pool", 6)
+    found = cold(mode="score", alpha=0.5).score(bench, rows)
+    weights = {name: p.requires_grad_() for name, p in weights_of(float64_model()).items()}
+    harmful, safe, pool = (parts(make_batch(bench, each)) for each in (*aux.values(), rows))
+    attack = reference.gradient(reference.token_mean(weights, harmful, SHAPE), weights)
+    attacked = reference.moved(weights, attack, -0.5)
+    matched = reference.gradient(reference.token_mean(attacked, safe, SHAPE), attacked)
+    scores = torch.tensor([found[row.id] for row in rows], dtype=torch.float64)
+    assert furthest({"s": scores}, {"s": reference.slopes(weights, pool, matched, SHAPE)}) < 1e-9
+
+
+@pytest.mark.parametrize("role", ["harmful", "validation"])
+def test_a_harmful_or_validation_row_beyond_the_length_is_not_dropped_without_a_word(tmp_path, role):
+    long = Row("long", (("user", "tell me " * 40),), "no")
+    aux = {each: make_rows(each, 3) + [long] * (each == role) for each in ("harmful", "validation")}
+    method = cold(mode="score", warmup=replace(FULL, max_length=40, over_long="drop"))
+    with pytest.raises(Exception, match=r"'long' has .* tokens, expected at most 40"):
+        method.score(make_bench(tmp_path, aux=aux), make_rows("pool", 3))
 
 
 def test_it_is_registered_with_its_paper():

@@ -124,8 +124,8 @@ def test_the_pool_is_gone_through_whole_however_few_safe_rows_there_are(tmp_path
     bench = make_bench(tmp_path, aux={"validation": make_rows("validation", 2)})
     rows = make_rows("pool", 9)
     training = Watched(Seal(theta=theta()), {row.id: i for i, row in enumerate(rows)})
-    train(bench, training, rows, theta(epochs=3))
-    assert sorted(seen) == sorted(3 * [row.id for row in rows]) and training.learnt["steps"] == 9
+    learnt = train(bench, training, rows, theta(epochs=3)).state
+    assert sorted(seen) == sorted(3 * [row.id for row in rows]) and learnt["steps"] == 9
 
 
 def test_at_ul_one_theta_does_not_see_the_pool_and_weights_move_all_the_same(tmp_path):

@@ -44,3 +44,4 @@ def test_only_a_pool_that_says_what_every_row_is_can_be_judged():
     rows = [Row(name, (("user", name),), "x", meta={"planted": kind}) for name, kind in KINDS.items()]
     assert planted(rows) == KINDS
     assert planted([*rows, Row("e", (("user", "e"),), "x")]) == {} == planted([])
+    assert planted(rows[:2]) == {} == planted(rows[2:]), "nothing can be told apart where all rows are of one kind"

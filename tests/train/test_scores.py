@@ -81,6 +81,17 @@ def test_where_no_step_agrees_the_way_out_is_named(tmp_path, monkeypatch):
     pool_scores(bench, ctx, make_rows("row", 16), direction, "mean", "exact")  # asks for no step
 
 
+@pytest.mark.parametrize("found", [torch.zeros(16), torch.full((16,), torch.nan), torch.full((16,), torch.inf)])
+def test_differences_that_vanish_or_are_not_finite_do_not_pass(tmp_path, monkeypatch, found):
+    """As in half precision, where a small step moves no weight."""
+    bench, ctx, direction = scene(tmp_path)
+    batch = make_batch(bench, make_rows("row", 16))
+    monkeypatch.setattr(scores, "central_scores", lambda *_: found)
+    with pytest.raises(TrainingError, match=r"correlate only -1\.0000 with exact scores"):
+        checked_step(ctx, batch, direction, "mean")
+    assert agreement(torch.full((2,), torch.nan), torch.full((2,), 1.0)) == -1.0
+
+
 @EVIDENCE
 @pytest.mark.parametrize("n", [1, 2])
 def test_rows_that_cannot_be_told_apart_are_checked_by_their_size(tmp_path, n):

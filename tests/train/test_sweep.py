@@ -11,6 +11,7 @@ from benches import Halt, halt_at, make_bench, make_context, make_rows, same_bit
 from tiny import tiny_model
 
 from apothecary.data.rows import Row
+from apothecary.errors import TrainingError
 from apothecary.train.config import TrainConfig
 from apothecary.train.sweep import features, sweep
 
@@ -132,6 +133,20 @@ def test_dropout_is_off_and_the_mode_comes_back(tmp_path):
     assert same_bits(before, snapshot(ctx.model))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("width", [1, 3])
+def test_a_number_that_is_not_finite_is_no_score(tmp_path, value, width):
+    bench = make_bench(tmp_path)
+
+    def measure(batch):
+        found = torch.ones(len(batch.row_ids), width)
+        found[:, -1] = torch.tensor([value if name == "row7" else 1.0 for name in batch.row_ids])
+        return found
+
+    with pytest.raises(TrainingError, match="'row7' is measured as a number that is not finite"):
+        features(bench, make_context(bench), ROWS, measure, CONFIG, "odd", width)
+
+
 def test_time_and_memory_are_told_once_before_the_second_batch(tmp_path, caplog, capsys):
     bench = make_bench(tmp_path, progress=True)
     ctx, told = make_context(bench), []
@@ -140,7 +155,7 @@ def test_time_and_memory_are_told_once_before_the_second_batch(tmp_path, caplog,
         told.append(len(caplog.records))
         return torch.zeros(len(batch.row_ids))
 
-    with caplog.at_level(logging.INFO, "apothecary.train.sweep"):
+    with caplog.at_level(logging.INFO, "apothecary.train.progress"):
         sweep(bench, ctx, ROWS, measure, CONFIG, batch_size=4, chunk=8)
     assert told[:2] == [0, 1] and told[-1] == 1
     (record,) = caplog.records

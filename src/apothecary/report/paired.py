@@ -50,7 +50,7 @@ def difference(a: Group, b: Group, measure: str = "HS") -> Difference | None:
         differ = mcnemar(ours[0], theirs[0]) < 1 - LEVEL
     else:
         over_seeds = mean_interval([fmean(x) - fmean(y) for x, y in zip(ours, theirs, strict=True)], LEVEL)
-        low, high = min(low, over_seeds.low), max(high, over_seeds.high)
+        low, high = max(-1.0, min(low, over_seeds.low)), min(1.0, max(high, over_seeds.high))
         differ = low > 0 or high < 0
     return Difference(value, low, high, (1 if value > 0 else -1) if differ else 0)
 
