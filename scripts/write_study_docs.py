@@ -53,13 +53,18 @@ def agreement() -> str:
     return as_markdown(cells)
 
 
+def aligned() -> str:
+    """Before any attack."""
+    return markdown(read("curation"), only="aligned*")
+
+
 def methods() -> str:
     """{pharmacist, random, full} x every alignment method."""
     return markdown(read("curation"), base="random, {align}", only="full, *|random, *|pharmacist, *")
 
 
 def selectors() -> str:
-    return markdown(read("curation"), base="random, {align}", only="*, sft")
+    return markdown(read("curation"), base="random, {align}", only="[!a]*, sft")
 
 
 def time() -> str:
@@ -114,7 +119,7 @@ def _harm(ours: Group | None, theirs: Group | None) -> str:
 
 
 PARTS: Mapping[str, Callable[[], str]] = {
-    part.__name__: part for part in (claim, ranked, agreement, methods, selectors, time, pool_size)
+    part.__name__: part for part in (claim, ranked, agreement, aligned, methods, selectors, time, pool_size)
 }
 
 

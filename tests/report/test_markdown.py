@@ -100,6 +100,23 @@ def test_each_arm_is_compared_with_its_own_undefended_one():
     assert "mean over seeds 0, 1 and 2; prompts: 100 harmful." in page and "compliance, not harm" in page
 
 
+def test_each_share_of_harmful_rows_is_compared_at_that_share():
+    found = run(0)
+    found["models"] += [model("bare", "r" * 50 + "c" * 50, 0, p=0.02),
+                        model("vectors", "r" * 60 + "c" * 40, 0, "security_vectors", p=0.02)]  # fmt: skip
+    _, _, *lines = rows(markdown(found, only="vectors"))
+    told = {line[1]: line[-1].partition(" [")[0] for line in lines}
+    assert told == {"2 %": "lower \u221210", "10 %": "lower \u221285"}
+
+
+def test_the_base_may_follow_the_alignment():
+    found = run(0)
+    for each in found["models"]:
+        each["arm"] = each["arm"].replace("bare", "random, sft")
+    _, _, line = rows(markdown(found, base="random, {align}", only="vectors"))
+    assert line[-1].startswith("lower") and line[-1].endswith(": random, sft")
+
+
 def test_a_base_and_a_choice_of_arms():
     page = markdown(combine([run(0)]), base="bare, fast", only="*ectors*")
     _, _, *lines = rows(page)

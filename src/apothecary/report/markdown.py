@@ -27,13 +27,13 @@ def markdown(results: dict[str, Any], base: str | None = None, only: str = "*") 
     view = summarise(results)
     columns = [column for column in measured(view) if column.title in SHOWN]
     chosen = [group for group in view.groups if any(fnmatchcase(group.label, each) for each in only.split("|"))]
-    against = {group.label: found for group in chosen if (found := _base(view, group, base))}
+    against = {(group.label, group.p): found for group in chosen if (found := _base(view, group, base))}
     cells = [["model", "harmful rows", *(column.title for column in columns), *(["HS against"] * bool(against))]]
     for group in chosen:
         scores = [group.get(column.suite, column.measure) for column in columns]
         line = [group.label, NOTHING if group.p is None else ratio(group.p)]
         line += [NOTHING if score is None else f"{number(score.value)} {bounds(score)}" for score in scores]
-        cells.append([*line, _side(group, against.get(group.label))] if against else line)
+        cells.append([*line, _side(group, against.get((group.label, group.p)))] if against else line)
     cells.insert(1, ["---", *(["---:"] * (len(columns) + 1)), *(["---"] * bool(against))])
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in cells]
     return "\n".join([*lines, "", _notes(view, bool(against))])
