@@ -10,8 +10,8 @@ corrects for length here.
 Direction and warm-up are ours, as the literature has both ends: filters for text quality keep low perplexity, pruning
 by difficulty keeps high loss.  For safety data we keep low loss after one epoch on the pool, because what many rows
 agree on is learnt first and mislabelled rows last.  All depends on how far that epoch goes: on the lab's planted pool
-(2,000 rows, one seed) minus the loss told good rows from the others with an AUC of 0.42 before it, 0.89 after it with
-LoRA, the default, and 1.00 after it with `warmup.parameters: full`; with 500 rows, 0.48, 0.49 and 0.99.
+it is little better than chance with LoRA, the default, and nearly perfect with `warmup.parameters: full`
+(docs/curation.md).
 """
 
 from __future__ import annotations

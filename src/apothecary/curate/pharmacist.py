@@ -15,8 +15,8 @@ pass over the harmful and validation rows and 2 forwards over the pool; hessian 
 The paper puts 1 - alpha for I - alpha H_h, the attack's derivative; hessian "exact" takes v - alpha H_h(theta*) v
 instead, and the update follows the gradient of f(theta'(w)).  Under Adam only the sign of 1 - alpha counts: at
 alpha = 1 the printed update vanishes and beyond it turns round, so such an alpha is refused.
-Adam also divides a row's pull by its own size, so that w tells how steady s_j is, not how large: on the lab's planted
-pool the modes' ranks correlate by 0.64 to 0.78, by 0.85 with the printed descent (betas null; it wants eta_w near 5).
+Adam also divides a row's pull by its own size, so that w tells how steady s_j is, not how large, and the modes rank
+unlike (docs/curation.md has their correlation); betas null is plain descent, which wants a far larger eta_w.
 Reconstructed, since the authors' repository cannot be had: eta_w, eta_theta, alpha, the number of selector steps, batch
 sizes and how batches are drawn, Adam on w, the LoRA layout, and whether the softmax spans the pool (methods.md 3.4).
 N and 1/B are ours, so that the mean weight is 1 and a step does not grow with its batch; duplicates of a row have equal

@@ -8,10 +8,9 @@ f: mean token loss on validation rows (safe answers), h: on harmful rows, theta_
 Cost: one pass over the harmful and the validation rows, 2 forwards over the pool, no training.
 
 It is Pharmacist's score without its warm-up, its learnt weights and its mean over tokens, and none of its claims carry
-over.  Chosen on rows of the lab's planted pool that its study leaves aside, three draws, LoRA and full parameters: the
-sum told good rows from all others with an AUC of 0.999 where the mean had 0.91 to 0.94.  A warm-up costs signal (one
-draw, full parameters: 0.95 after 5 % of the pool, 0.77 after 40 %), and LoRA needs none: at B = 0 the gradient of B
-alone carries it.  The attack earned nothing there: alpha from 0 to 0.3 moved the AUC by 0.003 at most.
+over.  Chosen on tuning rows of the lab: the sum over tokens earned most, a warm-up cost signal, and the attack earned
+nothing (alpha 0 ranked as well).  LoRA needs no warm-up either: at B = 0 the gradient of B alone carries the signal.
+docs/curation.md has what it is worth on rows that it was not chosen on.
 Limits: rows are kept for being like the validation rows.  Where these are refusals, plain questions with good answers
 rank low, and a model aligned on the kept rows alone refuses everything: add such rows after the selection, or have them
 among the validation rows.  A sum favours long answers.

@@ -281,6 +281,17 @@ def adapter_delta(model: nn.Module, name: str) -> dict[str, Tensor]:
     return deltas
 
 
+def is_embedding(model: nn.Module, layer: nn.Module) -> bool:
+    """Whether a layer is the input embedding or the output head."""
+    base = plain(model)
+    return layer in (base.get_input_embeddings(), base.get_output_embeddings())
+
+
+def is_tied(model: nn.Module, layer: nn.Module) -> bool:
+    """Whether a layer is an embedding whose weight is the other one's too, so that a merge would change both."""
+    return is_embedding(model, layer) and plain(model).config.get_text_config().tie_word_embeddings
+
+
 def remove_adapter(model: nn.Module, name: str) -> nn.Module:
     """Take one adapter off; return the model to go on with.
 
@@ -315,12 +326,10 @@ def merge_adapters(model: nn.Module, folders: Sequence[Path]) -> PreTrainedModel
     if not isinstance(model, PeftModel):
         return plain(model)
     names = adapter_names(model)
-    base = plain(model)
-    tied = (base.get_input_embeddings(), base.get_output_embeddings())
-    for key, layer in base.named_modules():
+    for key, layer in plain(model).named_modules():
         if not isinstance(layer, LoraLayer):
             continue
-        if layer in tied and base.config.get_text_config().tie_word_embeddings:
+        if is_tied(model, layer):
             raise ModelError(f"an adapter changes '{key}', which is tied to the other embedding; untie them to merge")
         linear: Any = layer.get_base_layer()
         dtype = linear.weight.dtype

@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from apothecary.errors import ConfigError, ModelError
-from apothecary.models.adapters import plain
+from apothecary.models.adapters import active_adapters, is_embedding, is_tied
 
 _MERGED: WeakKeyDictionary[nn.Module, list[str]] = WeakKeyDictionary()  # linear layer -> what its weight now holds
 
@@ -30,12 +30,15 @@ def merge_temporarily(model: nn.Module, name: str) -> Callable[[], None]:
     The undo puts back the saved bytes of a weight that stayed frozen, and subtracts the fp32 delta from one that was
     trained in between, so that its change survives (methods.md 2.5).
     """
-    carriers: list[Any] = [m for m in model.modules() if isinstance(m, LoraLayer) and name in m.lora_A]
+    carriers: list[Any] = [m for m in model.modules() if isinstance(m, LoraLayer) and name in m.scaling]
     if not carriers:
         raise ValueError(f"no layer carries adapter '{name}'")
     if not all(carrier.get_base_layer().weight.is_floating_point() for carrier in carriers):
         raise ConfigError("merged security vectors need plain weights, these are quantised; "
                           "set execution: branch, or quantization: null")  # fmt: skip
+    if any(is_tied(model, carrier) for carrier in carriers):
+        raise ConfigError("merged security vectors on a tied embedding would change the input and the output side "
+                          "alike; set execution: branch")  # fmt: skip
     undo: list[tuple[nn.Module, Callable[[], None]]] = []
     for carrier in carriers:
         layer = carrier.get_base_layer()
@@ -84,8 +87,22 @@ def merged_weights(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
     return found
 
 
+def merges_exactly(model: nn.Module) -> bool:
+    """Whether the active adapters can stand in the weights, but for rounding in fp32 or finer."""
+    names = active_adapters(model)
+    try:
+        for key, layer in model.named_modules():
+            held = [name for name in names if name in layer.scaling] if isinstance(layer, LoraLayer) else []
+            if held:
+                _refuse_unlike_weights(model, layer, key, held)
+                if torch.finfo(layer.get_base_layer().weight.dtype).bits < 32:  # type: ignore[arg-type, union-attr]
+                    return False
+    except ConfigError:
+        return False
+    return bool(names)
+
+
 def _refuse_unlike_weights(model: nn.Module, layer: Any, key: str, names: Sequence[str]) -> None:
-    base = plain(model)
     problem = ""
     if any(isinstance(layer.lora_dropout[name], nn.Dropout) for name in names):
         problem = "has dropout"
@@ -93,7 +110,7 @@ def _refuse_unlike_weights(model: nn.Module, layer: Any, key: str, names: Sequen
         problem = "is not plain LoRA"
     elif not layer.get_base_layer().weight.is_floating_point():
         problem = "lies on quantised weights"
-    elif layer in (base.get_input_embeddings(), base.get_output_embeddings()):
+    elif is_embedding(model, layer):
         problem = "lies on an embedding, which another one may share"
     if problem:
         raise ConfigError(f"the adapter on '{key}' {problem}, so that no weight stands for it; run it as a branch")

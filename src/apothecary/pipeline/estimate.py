@@ -111,7 +111,7 @@ def _rows(stage: Stage, store: Store, count: Callable[[Stage], float]) -> float:
 
 
 def _memory(config: Mapping[str, Any], parameters: int) -> float:
-    model, train = config["model"], config.get("train")
+    model, train = config["model"], config.get("train") or _warm_up(config)
     wide = model["path"] == "lab" or model["dtype"] == "float32" or (model["dtype"] == "auto" and not _gpu(model))
     weight = 0.5 if model["quantization"] else 4 if wide else 2
     if train is None:
@@ -122,6 +122,12 @@ def _memory(config: Mapping[str, Any], parameters: int) -> float:
         rank, width = build(LoraSettings, train["lora"]).rank, max(parameters / 150, 1) ** 0.5
         total = parameters * (weight + 16 * min(2 * rank / width, 1))
     return total / 2**20 + (0 if _gpu(model) else LIBRARIES_MB)
+
+
+def _warm_up(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The training among a selector's settings, if it has one."""
+    parts = (value for value in config.get("fields", {}).values() if isinstance(value, Mapping))
+    return next((part for part in parts if "parameters" in part), None)
 
 
 @cache

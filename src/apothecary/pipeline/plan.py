@@ -114,7 +114,7 @@ class _Planner:
 
     def _curate(self, arm: Arm, section: Curate, pool: Stage, seed: int) -> Stage:
         inputs = {"rows": pool, **self._aux(arm, section.roles)}
-        label = f"curate {section.method} {section.keep:.0%} (seed {seed})"
+        label = f"curate {section.method} {section.keep:.0%}: {arm.name or 'aligned'} (seed {seed})"
         return self._method("curate", label, selection.curate, section, seed, inputs, {"keep": section.keep})
 
     def _attack(self, arm: Arm, section: Attack, fields: dict[str, Any], seed: int) -> Stage:
@@ -132,7 +132,7 @@ class _Planner:
         inputs = {**inputs, **self._aux(arm, needs.roles)}
         if needs.prepared:
             start = {name: inputs[name] for name in ("align",) if name in inputs}
-            what = f"prepare {section.method} (seed {seed})"
+            what = f"prepare {section.method}: {arm.name or 'aligned'} (seed {seed})"
             inputs["prepared"] = self._method("prepare", what, training.prepare, section, seed,
                                               {**start, **self._aux(arm, needs.every_role)}, {})  # fmt: skip
         config = {"train": to_dict(section.train), **extra}

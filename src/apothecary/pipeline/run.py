@@ -55,7 +55,8 @@ def run(
     if until not in KINDS:
         raise ConfigError(f"cannot run until '{until}', expected one of {', '.join(KINDS)}")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("a recipe runs in one process, which was launched as several; start it without torchrun")
+        raise ConfigError("a recipe runs in one process, which was launched as several; start it without torchrun, or "
+                          "train by apothecary.train.fit (docs/guide.md)")  # fmt: skip
     folder = Path(out) if out is not None else ROOT / slug(recipe.name)
     planned = plan(recipe)
     with writing("the run", folder):

@@ -187,7 +187,8 @@ def _train(
     bars: bool,
 ) -> dict[str, Any]:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(f"{kind} runs in one process, which was launched as several; start it without torchrun")
+        raise ConfigError(f"{kind} runs in one process, which was launched as several; start it without torchrun, or "
+                          "train by apothecary.train.fit (docs/guide.md)")  # fmt: skip
     chosen, config = _method(kind, method, settings), build(TrainConfig, train, "train")
     chain = read_model(model)
     chosen.check(config, chain.base)
