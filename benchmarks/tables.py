@@ -102,9 +102,10 @@ def baseline(result: dict[str, Any], layout: str) -> float:
 def conditions(result: dict[str, Any]) -> str:
     settings, sizes = result["settings"], result["settings"]["sizes"]
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    rounds = f"{len(result['rounds'])} rounds of " if "rounds" in result else ""
-    return (f"{sizes['layers']} layers of width {sizes['hidden']}, {settings.get('rows', sizes['rows'])} rows of {sizes['tokens']} tokens, "
-            f"{settings['dtype']}; {rounds}{settings['clock']}; "
+    turns = f"{len(result['rounds'])} rounds of " if "rounds" in result else ""
+    rows = settings.get("rows", sizes["rows"])
+    return (f"{sizes['layers']} layers of width {sizes['hidden']}, {rows} rows of {sizes['tokens']} tokens, "
+            f"{settings['dtype']}; {turns}{settings['clock']}; "
             f"{result['machine']['gpu'] or result['machine']['processor']}; {versions}.\n")  # fmt: skip
 
 
