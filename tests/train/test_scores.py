@@ -56,6 +56,19 @@ def test_the_sum_is_the_mean_times_the_tokens(tmp_path, compute):
     assert len(set(batch.tokens_B.tolist())) > 1
 
 
+def test_exact_scores_take_each_row_alone_and_without_padding(tmp_path, monkeypatch):
+    """A backward through the whole batch for each of its rows would cost its square."""
+    bench, ctx, direction = scene(tmp_path)
+    batch, seen = make_batch(bench, make_rows("row", 5)), []
+    forward = ctx.forward
+    monkeypatch.setattr(ctx, "forward", lambda part, **options: seen.append(part) or forward(part, **options))
+    exact_scores(ctx, batch, direction, "mean")
+    assert [part.row_ids for part in seen] == [(name,) for name in batch.row_ids]
+    assert [part.input_ids.numel() for part in seen] == batch.attention_mask.sum(1).tolist()
+    assert len({part.input_ids.numel() for part in seen}) > 1, "rows of different lengths"
+    assert {part.normaliser for part in seen} == {batch.normaliser}
+
+
 def test_no_direction_gives_zero_and_passes_the_check(tmp_path):
     bench, ctx, direction = scene(tmp_path)
     zeros = {name: torch.zeros_like(p) for name, p in direction.items()}

@@ -5,7 +5,7 @@ Shape legend: B rows, T tokens (padded), V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,8 +30,10 @@ class Batch:
     normaliser: float
 
     def to(self, device: torch.device) -> Batch:
-        moved = {name: getattr(self, name).to(device) for name in ("input_ids", "attention_mask", "labels")}
-        return replace(self, **moved)
+        return replace(self, **{name: tensor.to(device) for name, tensor in self._tensors().items()})
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in ("input_ids", "attention_mask", "labels")}
 
     @property
     def tokens_B(self) -> Tensor:
@@ -43,6 +45,13 @@ class Batch:
         """How many of the last positions it takes to predict every response token; at least 1."""
         unread = (self.labels[:, 1:] == IGNORE).all(0).long().cumprod(0).sum()
         return self.labels.shape[1] - int(unread)
+
+    def singles(self) -> Iterator[Batch]:
+        """Each row in a batch of its own, without its padding; the normaliser stays that of the step."""
+        for i, row in enumerate(self.row_ids):
+            length = int(self.attention_mask[i].sum())
+            alone = {name: tensor[i : i + 1, :length] for name, tensor in self._tensors().items()}
+            yield replace(self, **alone, row_ids=(row,))
 
     def share(self, reduction: str) -> float | Tensor:
         """These rows' part of the normaliser; the shares of a step add up to 1."""

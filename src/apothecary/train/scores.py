@@ -73,11 +73,11 @@ def _shifted_losses(ctx: StepContext, batch: Batch, shift: Weights, kind: RowLos
 
 
 def exact_scores(ctx: StepContext, batch: Batch, direction: Weights, kind: RowLoss) -> Tensor:
-    """s_j of each row, [B], by a backward pass of its own."""
+    """s_j of each row, [B], by a forward and a backward pass of its own."""
     parameters = ctx.parameters()
     slopes = []
-    for loss in _losses(ctx, batch, kind, grad=True):
-        grads = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True)
+    for one in batch.singles():
+        grads = torch.autograd.grad(_losses(ctx, one, kind, grad=True).sum(), list(parameters.values()))
         slopes.append(inner(dict(zip(parameters, grads, strict=True)), direction))
     return torch.stack(slopes)
 
