@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from apothecary.stats import mcnemar, mean_interval, paired_bootstrap, rank_correlation, share_interval, wilson
+from apothecary.stats import (
+    clustered_interval,
+    cohen_kappa,
+    detectable_difference,
+    holm,
+    mcnemar,
+    mean_interval,
+    paired_bootstrap,
+    rank_correlation,
+    share_interval,
+    wilson,
+)
 
 
 @pytest.mark.parametrize("level", [0.8, 0.95, 0.99])
@@ -111,3 +122,75 @@ def test_rank_correlation_is_spearmans_over_the_same_ids() -> None:
     for other in ({"x": 1.0}, {**a, "u": math.nan}):
         with pytest.raises(ValueError, match=r"same rows|nan"):
             rank_correlation(a, other)
+
+
+@pytest.mark.parametrize("p_values", [[0.01, 0.04, 0.03, 0.005], [0.5], [0.2, 0.2, 0.9, 0.0, 1.0], [0.04] * 3])
+def test_holm_equals_statsmodels(p_values: list[float]) -> None:
+    from statsmodels.stats.multitest import multipletests
+
+    assert holm(p_values) == pytest.approx(list(multipletests(p_values, method="holm")[1]), abs=1e-10)
+    assert holm([]) == []
+    with pytest.raises(ValueError, match="outside"):
+        holm([1.2])
+
+
+@pytest.mark.parametrize("level", [0.9, 0.95])
+def test_the_clustered_interval_equals_cluster_robust_regression(level: float) -> None:
+    import statsmodels.api as sm
+
+    rng = np.random.default_rng(0)
+    clusters = [list(rng.normal(rng.normal(), 0.3, size=1 + i % 4)) for i in range(23)]
+    groups = np.repeat(np.arange(23), [len(cluster) for cluster in clusters])
+    values = np.concatenate(clusters)
+    fitted = sm.OLS(values, np.ones(len(values))).fit(cov_type="cluster", cov_kwds={"groups": groups}, use_t=True)
+    assert clustered_interval(clusters, level) == pytest.approx(fitted.conf_int(1 - level)[0], abs=1e-10)
+
+
+def test_answers_of_several_seeds_to_one_prompt_are_no_independent_evidence() -> None:
+    """Three seeds that agree on every prompt say no more than one."""
+    labels = [0.0] * 20 + [1.0] * 10
+    once, thrice = clustered_interval([[x] for x in labels]), clustered_interval([[x] * 3 for x in labels])
+    assert thrice == pytest.approx(once) and once == pytest.approx(mean_interval(labels))
+    assert all(map(math.isnan, clustered_interval([[0.1, 0.2]])))
+    for wrong in ([], [[1.0], []]):
+        with pytest.raises(ValueError, match="expected at least one value"):
+            clustered_interval(wrong)
+
+
+@pytest.mark.parametrize(("n", "power"), [(300, 0.8), (3, 0.8), (12, 0.95)])
+def test_the_detectable_difference_equals_statsmodels(n: int, power: float) -> None:
+    from statsmodels.stats.power import TTestPower
+
+    values = list(np.random.default_rng(n).normal(2.0, 0.7, n))
+    found = detectable_difference(values, power=power)
+    effect = found / float(np.std(values, ddof=1))
+    assert TTestPower().power(effect, n, 0.05) == pytest.approx(power, abs=1e-10)
+    assert detectable_difference([x + 5 for x in values], power=power) == pytest.approx(found), "only the spread counts"
+
+
+def test_without_spread_nothing_is_known_of_what_can_be_seen() -> None:
+    assert math.isnan(detectable_difference([0.3])) and math.isnan(detectable_difference([0.3] * 9))
+    with pytest.raises(ValueError, match=r"power is 0\.01"):
+        detectable_difference([0.0, 1.0], power=0.01)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_kappa_equals_statsmodels(seed: int) -> None:
+    from statsmodels.stats.inter_rater import cohens_kappa
+
+    rng = np.random.default_rng(seed)
+    a = rng.integers(3, size=60)
+    b = np.where(rng.random(60) < 0.6, a, rng.integers(3, size=60))
+    table = np.zeros((3, 3))
+    np.add.at(table, (a, b), 1)
+    expected = cohens_kappa(table)
+    kappa, interval = cohen_kappa(a.tolist(), b.tolist())
+    assert kappa == pytest.approx(expected.kappa, abs=1e-10)
+    assert interval == pytest.approx((expected.kappa_low, expected.kappa_upp), abs=1e-10)
+
+
+def test_kappa_of_judges_that_agree_throughout() -> None:
+    assert cohen_kappa("aab", "aab")[0] == 1.0
+    assert math.isnan(cohen_kappa("aaa", "aaa")[0]), "there is nothing beyond chance to agree on"
+    with pytest.raises(ValueError, match="same items"):
+        cohen_kappa("a", "ab")

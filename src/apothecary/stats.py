@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import NormalDist, fmean, stdev
 from typing import NamedTuple
@@ -144,3 +145,93 @@ def rank_correlation(a: Mapping[str, float], b: Mapping[str, float]) -> float:
     if any(np.ptp(each) == 0 for each in ranks):
         return float("nan")
     return float(np.corrcoef(ranks)[0, 1])
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusted p-values for a family of tests, in their order (Holm 1979, step-down): compare them with the level.
+
+    p_(i) becomes max over j <= i of min(1, (m - j + 1) p_(j)); the chance of any false discovery stays below the level
+    whatever the dependence between the tests.  Raises ValueError for a p-value outside [0, 1].
+    """
+    if not all(0 <= p <= 1 for p in p_values):
+        raise ValueError("got a p-value outside [0, 1], expected probabilities")
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = largest
+    return adjusted
+
+
+def clustered_interval(clusters: Sequence[Sequence[float]], level: float = 0.95) -> Interval:
+    """Interval for the mean of values that come in clusters, such as the answers of several seeds to one prompt.
+
+    Liang and Zeger 1986: with G clusters, N values, mean m and residual sums u_g = sum_i (x_gi - m),
+
+        m +- t(G - 1) sqrt(G / (G - 1) * sum_g u_g^2) / N
+
+    (nan, nan) for a single cluster.  Raises ValueError for no clusters or an empty one.
+    """
+    _check_level(level)
+    if not clusters or not all(clusters):
+        raise ValueError("got no clusters or an empty one, expected at least one value in each")
+    if len(clusters) == 1:
+        return Interval(math.nan, math.nan)
+    from scipy.special import stdtrit
+
+    count, size = len(clusters), sum(map(len, clusters))
+    mean = math.fsum(x for cluster in clusters for x in cluster) / size
+    spread = math.fsum(math.fsum(x - mean for x in cluster) ** 2 for cluster in clusters)
+    half = float(stdtrit(count - 1, (1 + level) / 2)) * math.sqrt(count / (count - 1) * spread) / size
+    return Interval(mean - half, mean + half)
+
+
+def detectable_difference(differences: Sequence[float], level: float = 0.95, power: float = 0.8) -> float:
+    """The smallest true mean that a two-sided paired t test on this many differences of this spread finds with `power`.
+
+    By the noncentral t distribution, in the unit of the differences; nan for fewer than two of them, or where they do
+    not differ, so that nothing is known of their spread.
+    """
+    _check_level(level)
+    if not 1 - level < power < 1:
+        raise ValueError(f"power is {power}, expected a number between 1 - level and 1 such as 0.8")
+    n = len(differences)
+    if n < 2 or (spread := stdev(differences)) == 0:
+        return math.nan
+    from scipy.optimize import brentq
+    from scipy.special import stdtrit
+    from scipy.stats import nct
+
+    limit = float(stdtrit(n - 1, (1 + level) / 2))
+
+    def excess(shift: float) -> float:
+        other_side = float(nct.cdf(-limit, n - 1, shift))  # NaN where it is too small for scipy
+        return float(nct.sf(limit, n - 1, shift)) + (0.0 if math.isnan(other_side) else other_side) - power
+
+    enough = limit
+    while excess(enough) < 0:
+        enough *= 2
+    return brentq(excess, 0.0, enough, xtol=1e-12) * spread / math.sqrt(n)
+
+
+def cohen_kappa(a: Sequence[object], b: Sequence[object], level: float = 0.95) -> tuple[float, Interval]:
+    """Agreement of two judges beyond chance on the same items, with its interval (Cohen 1960; Fleiss et al. 1969).
+
+    kappa = (p_o - p_e) / (1 - p_e); nan where both give one and the same label throughout.
+    """
+    _check_level(level)
+    if len(a) != len(b) or not a:
+        raise ValueError(f"got {len(a)} and {len(b)} verdicts, expected the same items, at least one, on both sides")
+    n, labels = len(a), list(dict.fromkeys([*a, *b]))
+    joint = Counter(zip(a, b, strict=True))
+    first, second = Counter(a), Counter(b)
+    observed = sum(joint[label, label] for label in labels) / n
+    chance = sum(first[label] * second[label] for label in labels) / n**2
+    if chance == 1:
+        return math.nan, Interval(math.nan, math.nan)
+    kappa = (observed - chance) / (1 - chance)
+    own = sum(joint[x, x] / n * (1 - (first[x] + second[x]) / n * (1 - kappa)) ** 2 for x in labels)
+    other = (1 - kappa) ** 2 * sum(joint[x, y] / n * ((second[x] + first[y]) / n) ** 2
+                                   for x in labels for y in labels if x != y)  # fmt: skip
+    variance = (own + other - (kappa - chance * (1 - kappa)) ** 2) / (n * (1 - chance) ** 2)
+    half = NormalDist().inv_cdf((1 + level) / 2) * math.sqrt(max(0.0, variance))
+    return kappa, Interval(kappa - half, kappa + half)
