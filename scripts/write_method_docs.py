@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from apothecary.registry import EVIDENCE, KINDS, Entry, entries
-from apothecary.report.summary import Group, summarise
+from apothecary.report.summary import PLAIN, Group, summarise
 from apothecary.report.tables import COLUMNS
 from apothecary.report.text import NOTHING, number, ratio
 
@@ -168,7 +168,10 @@ def recipe(entry: Entry, source: str) -> str:
 
 
 def measurements(entry: Entry) -> list[str]:
-    """Tables of the committed results in which the method took part, the undefended arm beside it."""
+    """Tables of the committed results in which the method took part, the undefended arm beside it.
+
+    Plain training takes part in nearly all: it has those in which it is alone.
+    """
     place = ("curate", "align", "finetune").index(entry.kind) if entry.kind in ("curate", "align", "finetune") else None
     made = []
     for file in sorted(RESULTS.glob("*.json")):
@@ -176,7 +179,9 @@ def measurements(entry: Entry) -> list[str]:
         if place is None or not isinstance(results.get("models"), list):
             continue
         view = summarise(results)
-        mine = [group for group in view.tuned if group.methods[place] == entry.name]
+        mine = [group for group in view.tuned  # a selector's name is followed by the share that it keeps
+                if (group.methods[place] or "").partition(" ")[0] == entry.name
+                and (entry.name != "sft" or group.methods == PLAIN)]  # fmt: skip
         if mine:
             shares = {group.p for group in mine}
             beside = [group for group in view.tuned if group.arm == view.undefended and group.p in shares]

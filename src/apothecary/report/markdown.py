@@ -11,7 +11,7 @@ from apothecary.report.summary import PLAIN, Group, Summary, summarise
 from apothecary.report.tables import measured, proxy_note
 from apothecary.report.text import NOTHING, bounds, listed, number, points, ratio
 
-SHOWN = ("HS", "refuses", "over-refusal", "benign answered", "task accuracy")
+SHOWN = ("HS", "HS+", "refuses", "over-refusal", "benign answered", "task accuracy")
 SIDES = {-1: "lower", 0: "not told apart", 1: "higher", None: NOTHING}
 TESTED = ("HS less the base's, in points, paired by prompt: one seed is tested by McNemar; several differ where the "
           "bootstrap over prompts and the t interval over seeds both exclude zero.")  # fmt: skip
