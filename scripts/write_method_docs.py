@@ -318,7 +318,7 @@ def outdated() -> list[Path]:
 def main() -> None:
     changed, made = outdated(), pages()
     if "--check" in sys.argv:
-        raise SystemExit("\n".join(f"out of date: {path}" for path in changed))
+        sys.exit("\n".join(f"out of date: {path}" for path in changed) or None)
     for path in changed:
         if path in made:
             path.write_text(made[path], "utf-8")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import PAD, tiny_model, tiny_tokenizer
+from tiny import HIDDEN, PAD, tiny_model, tiny_tokenizer
 from torch import Tensor, nn
 
 from apothecary.data.rows import Row
@@ -83,6 +83,38 @@ def furthest(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     """The largest difference over all tensors, relative to the largest entry of each."""
     assert a.keys() == b.keys() and a
     return max(((a[k] - b[k]).abs().max() / b[k].abs().max().clamp_min(1e-12)).item() for k in a)
+
+
+def largest(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """`furthest` without gradients that are zero but for rounding, such as those of key biases."""
+    real = {name for name, g in b.items() if g.abs().max() > 1e-12}
+    return furthest({name: a[name] for name in real}, {name: b[name] for name in real})
+
+
+def without_key_biases(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """GPT-2's weights without what softmax cancels: AdamW makes steps of the rounding of its zero gradient."""
+    keep = torch.arange(3 * HIDDEN) // HIDDEN != 1
+    return {name: p[keep] if name.endswith("c_attn.bias") else p for name, p in weights.items()}
+
+
+def parts(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """A batch as the references take it."""
+    return batch.input_ids, batch.attention_mask, batch.labels
+
+
+def random_way(parameters: Mapping[str, Tensor], seed: int = 1) -> dict[str, Tensor]:
+    source = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(p.shape, generator=source, dtype=p.dtype) for name, p in parameters.items()}
+
+
+def central_slope(ctx: StepContext, way: Mapping[str, Tensor], value: Callable[[], Tensor], eps: float = 1e-5) -> float:
+    """The derivative of `value` in the parameters along `way`, by central differences."""
+
+    def at(t: float) -> float:
+        with ctx.perturbed({name: t * u for name, u in way.items()}):
+            return value().item()
+
+    return (at(eps) - at(-eps)) / (2 * eps)
 
 
 class Recorder(TrainingMethod):

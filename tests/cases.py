@@ -113,7 +113,8 @@ CASES: dict[str, Case] = {
     ),
     "merged": Case(_VECTORS, SecurityVectors, "lora", prepare=_vectors),
     "branch": Case(_VECTORS, lambda: SecurityVectors(execution="branch"), "lora", prepare=_vectors),
-    "merged full": Case(_VECTORS, SecurityVectors, tests=("resume",), prepare=_vectors),
+    "merged full": Case(_VECTORS, SecurityVectors, prepare=_vectors),
+    "branch full": Case(_VECTORS, lambda: SecurityVectors(execution="branch"), prepare=_vectors),
 }
 
 

@@ -22,11 +22,16 @@ from apothecary.pipeline.store import Artifact
 ROWS, BALLAST = 2048, 40_000  # 80 MB, of which 512 rows may be in memory at a time
 _WARM = {"max_steps": 2, "batch_size": 4, "save_every": 1}
 _EPOCH = {"epochs": 1, "batch_size": 4, "save_every": 1}
-FIELDS: dict[str, dict[str, Any]] = {  # of each selector that streams
+FIELDS: dict[str, dict[str, Any]] = {  # one selector for each way of going through a pool
     "el2n": {"checkpoints": 1, "warmup": _WARM},
     "less": {"share": 0.01, "projection_dim": 64, "warmup": _EPOCH},
     "less_sgd": {"share": 0.01, "warmup": _EPOCH},
+    "pharmacist": {"epochs": 1, "batch_size": 64, "warmup_share": 0.01, "warmup": _EPOCH},
+    "seal": {"theta": {"epochs": 1, "batch_size": 64, "save_every": 8, "reduction": "sample_mean"}},
+    "dsir": {},
+    "k_center": {"limit": 64},
 }
+AUX = ("validation", "harmful")
 
 
 def write_pool(folder: Path, rows: int, ballast: int) -> Path:
@@ -39,15 +44,15 @@ def write_pool(folder: Path, rows: int, ballast: int) -> Path:
 
 def curate(root: Path, method: str, pool: Path) -> dict[str, float]:
     """Run the stage in `root`/`pool's name`; the scores."""
-    validation = root / "validation"
-    if not validation.exists():
-        validation.mkdir(parents=True)
-        write_rows(validation / "rows.jsonl", make_rows("validation", 4))
+    for role in AUX:
+        (root / role).mkdir(parents=True, exist_ok=True)
+        write_rows(root / role / "rows.jsonl", make_rows(role, 4))
     chain.load = lambda job, aligned=True: LoadedModel(tiny_model(), tiny_tokenizer(), ModelConfig())  # type: ignore
     folder = root / "stage" / pool.name
     folder.mkdir(parents=True, exist_ok=True)
     config = {"kind": "curate", "method": method, "fields": FIELDS[method], "keep": 0.5, "seed": 0}
-    selection.curate(Job(config, {"rows": Artifact(pool), "aux.validation": Artifact(validation)}, folder))
+    aux = {f"aux.{role}": Artifact(root / role) for role in AUX}
+    selection.curate(Job(config, {"rows": Artifact(pool), **aux}, folder))
     return json.loads((folder / "scores.json").read_text())
 
 

@@ -57,6 +57,28 @@ def test_everything_that_fits_is_converted():
     assert isinstance(made.optional.rate, float) and isinstance(made.number, int)
 
 
+@dataclass(frozen=True)
+class Middle:
+    inner: Inner = field(default_factory=lambda: Inner(0.5, 7, True))
+    other: int = 1
+
+
+@dataclass(frozen=True)
+class Whole:
+    middle: Middle = Middle(other=2)
+    either: Middle | None = Middle(other=3)
+
+
+def test_a_mapping_is_laid_over_the_fields_default():
+    assert build(Whole, {}) == Whole()
+    made = build(Whole, {"middle": {"inner": {"steps": 1}}, "either": {"other": 4}})
+    assert made == Whole(Middle(Inner(0.5, 1, True), 2), Middle(other=4))
+    assert build(Whole, to_dict(made)) == made
+    assert build(Whole, {"middle": Middle(), "either": None}) == Whole(Middle(), None)
+    with pytest.raises(ConfigError, match=r"unknown key 'middle\.inner\.step'; did you mean 'steps'"):
+        build(Whole, {"middle": {"inner": {"step": 1}}})
+
+
 @pytest.mark.parametrize(
     ("mapping", "words"),
     [

@@ -52,11 +52,13 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     return mapping
 
 
-def build(cls: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
+def build(cls: type[T], mapping: Mapping[str, Any], where: str = "", base: T | None = None) -> T:
     """An instance of the dataclass `cls` from a mapping, checked against its annotations.
 
-    `where` is the path of the mapping in the recipe, for messages.  An integer is taken where a float is expected, and
-    so is a string such as "5e-4" (YAML 1.1 reads it as text).  ConfigError for unknown, missing and ill-typed keys.
+    What the mapping leaves out is that of `base`, else the default; a mapping inside it is laid over that field's value
+    there, so that `vectors: {epochs: 20}` changes the epochs alone.  `where` is the path of the mapping in the recipe,
+    for messages.  An integer is taken where a float is expected, and so is a string such as "5e-4" (YAML 1.1 reads it
+    as text).  ConfigError for unknown, missing and ill-typed keys.
     """
     if not isinstance(mapping, Mapping):
         raise _mismatch(mapping, "a mapping", where)
@@ -65,9 +67,11 @@ def build(cls: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
         if key not in known:
             raise unknown_key(str(key), known, where)
     hints = get_type_hints(cls)
-    values = {key: convert(hints[key], value, _join(where, key)) for key, value in mapping.items()}
-    for name, item in known.items():
-        if name not in values and item.default is MISSING and item.default_factory is MISSING:
+    standing = {name: _standing(item) if base is None else getattr(base, name) for name, item in known.items()}
+    values = {key: convert(hints[key], value, _join(where, key), standing[key]) for key, value in mapping.items()}
+    values = {**standing, **values}
+    for name, value in values.items():
+        if value is MISSING:
             raise ConfigError(f"'{_join(where, name)}' is missing, expected {describe(hints[name])}; add it")
     try:
         return cls(**values)
@@ -77,8 +81,15 @@ def build(cls: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
         raise ConfigError(f"{where or cls.__name__}: {error}") from error
 
 
-def convert(kind: Any, value: Any, where: str) -> Any:
-    """`value` as the annotated type `kind`, or ConfigError naming `where`, what was got and what was expected."""
+def _standing(item: Field[Any]) -> Any:
+    return item.default if item.default_factory is MISSING else item.default_factory()
+
+
+def convert(kind: Any, value: Any, where: str, base: Any = None) -> Any:
+    """`value` as the annotated type `kind`, or ConfigError naming `where`, what was got and what was expected.
+
+    A mapping for a dataclass is laid over `base`, where that is one.
+    """
     origin, args = get_origin(kind), get_args(kind)
     if kind is Any:
         return value
@@ -87,13 +98,13 @@ def convert(kind: Any, value: Any, where: str) -> Any:
             return value
         raise _mismatch(value, describe(kind), where)
     if origin in (Union, types.UnionType):
-        return _union(kind, args, value, where)
+        return _union(kind, args, value, where, base)
     if isinstance(kind, type) and is_dataclass(kind):
         if isinstance(value, kind):
             return value
         if isinstance(value, (str, Path)) and hasattr(kind, "parse"):
             return kind.parse(value)  # type: ignore[union-attr]
-        return build(kind, value, where)  # type: ignore[arg-type]
+        return build(kind, value, where, base if isinstance(base, kind) else None)  # type: ignore[arg-type]
     base = origin or kind
     if base in (tuple, list, Sequence):
         return _sequence(kind, base, args, value, where)
@@ -136,14 +147,14 @@ def _sequence(kind: Any, base: Any, args: tuple[Any, ...], value: Any, where: st
     return made if base is list else tuple(made)
 
 
-def _union(kind: Any, args: tuple[Any, ...], value: Any, where: str) -> Any:
+def _union(kind: Any, args: tuple[Any, ...], value: Any, where: str, base: Any) -> Any:
     for option in args:  # an exact match first, so that 3 stays an int in `float | int`
         if isinstance(option, type) and type(value) is option and get_origin(option) is None:
             return convert(option, value, where)
     errors = []
     for option in args:
         try:
-            return convert(option, value, where)
+            return convert(option, value, where, base)
         except ConfigError as error:
             errors.append((option, error))
     if isinstance(value, Mapping):  # the message about the key inside is the useful one

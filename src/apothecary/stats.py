@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import NormalDist, fmean, stdev
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Interval(NamedTuple):
@@ -210,7 +210,8 @@ def detectable_difference(differences: Sequence[float], level: float = 0.95, pow
     enough = limit
     while excess(enough) < 0:
         enough *= 2
-    return brentq(excess, 0.0, enough, xtol=1e-12) * spread / math.sqrt(n)
+    shift: Any = brentq(excess, 0.0, enough, xtol=1e-12)
+    return float(shift) * spread / math.sqrt(n)
 
 
 def cohen_kappa(a: Sequence[object], b: Sequence[object], level: float = 0.95) -> tuple[float, Interval]:

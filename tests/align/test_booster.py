@@ -10,37 +10,30 @@ from benches import (
     count_hooks,
     float64_model,
     furthest,
+    largest,
     make_batch,
     make_bench,
     make_context,
     make_rows,
+    parts,
     same_bits,
     snapshot,
+    without_key_biases,
+    working_lora,
 )
 from reference import booster as reference
-from tiny import FAMILIES, HIDDEN, LAYERS, tiny_model
+from tiny import FAMILIES, LAYERS, tiny_model
 from torch import nn
 
 from apothecary.align.booster import Booster
 from apothecary.align.sft import Sft
 from apothecary.errors import ConfigError
-from apothecary.models.adapters import add_adapter
 from apothecary.models.settings import LoraSettings
 from apothecary.train.config import TrainConfig
 from apothecary.train.fit import fit, train
 
 SHAPE = (LAYERS, 4)
 EVIDENCE = "align/booster"
-
-
-def lora(model, dropout=0.0):
-    """An adapter whose B is not zero, so that every factor has a gradient."""
-    wrapped = add_adapter(model, "trained", LoraSettings(rank=4, dropout=dropout), 0)
-    with torch.no_grad():
-        for name, p in wrapped.named_parameters():
-            if "lora_B" in name:
-                p.normal_(0, 0.1, generator=torch.Generator().manual_seed(len(name)))
-    return wrapped.train()
 
 
 def scene(tmp_path, model=None, **config):
@@ -61,18 +54,6 @@ def distance(a, b):
     return torch.cat([(a[name] - b[name]).flatten() for name in a]).norm().item()
 
 
-def largest(a, b):
-    """`furthest` without gradients that are zero but for rounding, such as those of key biases."""
-    real = [name for name, g in b.items() if g.abs().max() > 1e-12]
-    return furthest({name: a[name] for name in real}, {name: b[name] for name in real})
-
-
-def without_key_biases(weights):
-    """Softmax cancels them, and AdamW makes steps of the rounding of their zero gradient."""
-    keep = torch.arange(3 * HIDDEN) // HIDDEN != 1
-    return {name: p[keep] if name.endswith("c_attn.bias") else p for name, p in weights.items()}
-
-
 # -- the formula ------------------------------------------------------------------------------------------------------
 
 
@@ -90,7 +71,7 @@ def test_two_steps_equal_the_reference(tmp_path):
         draws.begin_step(1)
         draws.begin_micro_step(0)
         pair = align, draws.aux("harmful", per="step")
-        batches.append([(b.input_ids, b.attention_mask, b.labels) for b in pair])
+        batches.append([parts(b) for b in pair])
     expected, steps = reference.train(before, batches, SHAPE, 2.0, 0.3, 1e-2)
     for got, logged, entry, (wanted, components) in zip(recorder.gradients, recorder.logged, result.history, steps,
                                                         strict=True):  # fmt: skip
@@ -107,7 +88,7 @@ def test_two_steps_equal_the_reference(tmp_path):
 @pytest.mark.evidence(EVIDENCE, "finite_difference")
 def test_the_step_is_the_slope_of_the_objective_along_a_fixed_direction(tmp_path, parameters):
     lamb, alpha, eps = 3.0, 0.2, 1e-5
-    model = float64_model() if parameters == "full" else lora(float64_model()).double()
+    model = float64_model() if parameters == "full" else working_lora(float64_model()).double()
     ctx, batch = scene(tmp_path, model)
     _, found = gradient(ctx, Booster(lamb=lamb, alpha=alpha), batch)
     harmful = make_harmful(ctx)
@@ -161,7 +142,7 @@ def test_without_a_harmful_gradient_nothing_moves(tmp_path):
 
 @pytest.mark.evidence(EVIDENCE, "definition")
 def test_lambda_zero_is_sft_to_the_bit_under_dropout(tmp_path):
-    ctx, batch = scene(tmp_path, lora(tiny_model("llama"), dropout=0.5))
+    ctx, batch = scene(tmp_path, working_lora(tiny_model("llama"), dropout=0.5))
     torch.manual_seed(3)
     loss, plain = gradient(ctx, Sft(), batch)
     torch.manual_seed(3)
@@ -235,7 +216,7 @@ def test_a_parameter_without_gradient_is_left_alone(tmp_path):
 
 def test_both_harmful_passes_draw_the_same_dropout_masks(tmp_path):
     """With alpha 0 they are one pass twice, so that the regulariser is zero; other masks would leave a difference."""
-    ctx, batch = scene(tmp_path, lora(tiny_model("llama"), dropout=0.5).double())
+    ctx, batch = scene(tmp_path, working_lora(tiny_model("llama"), dropout=0.5).double())
     torch.manual_seed(3)
     _, plain = gradient(ctx, Sft(), batch)
     torch.manual_seed(3)
@@ -261,7 +242,7 @@ def test_the_loss_reported_is_the_objective(tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family(tmp_path, family):
-    ctx, batch = scene(tmp_path, lora(tiny_model(family)))
+    ctx, batch = scene(tmp_path, working_lora(tiny_model(family)))
     _, plain = gradient(ctx, Sft(), batch)
     _, protected = gradient(ctx, Booster(), batch)
     assert furthest(protected, plain) > 1e-3 and all(g.isfinite().all() for g in protected.values())
@@ -271,7 +252,7 @@ def test_every_family(tmp_path, family):
 @pytest.mark.parametrize("parameters", ["full", "lora"])
 def test_gradient_checkpointing_changes_no_gradient(tmp_path, parameters):
     def run(checkpointing):
-        model = float64_model() if parameters == "full" else lora(float64_model()).double()
+        model = float64_model() if parameters == "full" else working_lora(float64_model()).double()
         ctx, batch = scene(tmp_path, model.train())
         if checkpointing:
             ctx.plain.gradient_checkpointing_enable({"use_reentrant": False})

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 from benches import (
     Recorder,
+    central_slope,
     count_hooks,
     furthest,
     make_batch,
     make_bench,
     make_context,
     make_rows,
+    parts,
+    random_way,
     same_bits,
     snapshot,
     working_lora,
@@ -27,6 +31,7 @@ from apothecary.errors import ConfigError, TrainingError
 from apothecary.models.anatomy import decoder_layers
 from apothecary.models.settings import LoraSettings
 from apothecary.train.config import TrainConfig
+from apothecary.train.drift import worst_drift
 from apothecary.train.fit import fit, train
 
 EVIDENCE = "align/t_vaccine"
@@ -58,10 +63,6 @@ def fixed(*layers):
     """A method and a state whose S stays what is given."""
     method = TVaccine(gamma=len(layers), resample=1000, rescore=1000, score_rows=5)
     return method, {"steps": 1, "probabilities": [], "layers": list(layers)}
-
-
-def parts(batch):
-    return batch.input_ids, batch.attention_mask, batch.labels
 
 
 class Watched(Recorder):
@@ -114,6 +115,22 @@ def test_three_steps_equal_the_reference(tmp_path, scope):
     assert len({tuple(layers) for layers in recorder.layers}) > 1, "S was drawn anew"
     plain = reference.train(before, batches, recorder.layers, SHAPE, HIDDEN, 0.0, scope, 1e-2, 0.5)
     assert furthest(plain, weights) > 1e-3, "the perturbation matters"
+
+
+@pytest.mark.parametrize("scope", ["batch", "sample"])
+@pytest.mark.evidence(EVIDENCE, "finite_difference")
+def test_the_step_is_the_slope_of_the_loss_in_s_under_the_perturbation_held_fixed(tmp_path, scope):
+    ctx, batch = scene(tmp_path, deep_model(), parameters="full")
+    method, state = fixed(1, 3)
+    method = replace(method, norm_scope=scope)
+    drift = worst_drift(ctx.hidden_grads(batch, [1, 3]), method.rho, scope)
+    _, found = gradient(ctx, method, batch, state)
+    for seed in range(3):
+        way = random_way(found, seed)
+        with ctx.hidden_offset(drift):
+            slope = central_slope(ctx, way, lambda: ctx.loss(batch, grad=False))
+        assert slope == pytest.approx(sum((found[name] * way[name]).sum().item() for name in found), rel=1e-5)
+        assert slope != pytest.approx(central_slope(ctx, way, lambda: ctx.loss(batch, grad=False)), rel=1e-3)
 
 
 @pytest.mark.parametrize("adapters", [False, True])

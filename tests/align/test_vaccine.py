@@ -6,6 +6,7 @@ import pytest
 import torch
 from benches import (
     Recorder,
+    central_slope,
     count_hooks,
     float64_model,
     furthest,
@@ -13,6 +14,8 @@ from benches import (
     make_bench,
     make_context,
     make_rows,
+    parts,
+    random_way,
     same_bits,
     snapshot,
     working_lora,
@@ -24,6 +27,7 @@ from apothecary.align.sft import Sft
 from apothecary.align.vaccine import Vaccine
 from apothecary.errors import ConfigError
 from apothecary.models.adapters import add_adapter
+from apothecary.models.anatomy import attention_blocks
 from apothecary.models.settings import LoraSettings, ModelConfig
 from apothecary.train.config import TrainConfig
 from apothecary.train.drift import worst_drift
@@ -78,7 +82,7 @@ def test_rho_zero_is_sft_to_the_bit_under_dropout(tmp_path, scope):
 
 
 @pytest.mark.parametrize("scope", ["batch", "sample"])
-@pytest.mark.evidence("align/vaccine", "definition", "finite_difference")
+@pytest.mark.evidence("align/vaccine", "definition")
 def test_the_perturbed_loss_rises_by_rho_times_the_norm(tmp_path, scope):
     """First order: moving rho along the gradient raises the loss by rho * |g| (the sum of the rows' norms)."""
     ctx, batch = scene(tmp_path, float64_model())
@@ -88,6 +92,32 @@ def test_the_perturbed_loss_rises_by_rho_times_the_norm(tmp_path, scope):
     slope = squares_B.sum().sqrt() if scope == "batch" else squares_B.sqrt().sum()
     raised = Vaccine(rho=rho, norm_scope=scope).step(ctx, batch, {}).item()
     assert raised - clean == pytest.approx(rho * slope.item(), rel=0.02) and raised > clean
+
+
+@pytest.mark.parametrize("scope", ["batch", "sample"])
+@pytest.mark.evidence("align/vaccine", "finite_difference")
+def test_the_step_is_the_slope_of_the_loss_under_the_perturbation_held_fixed(tmp_path, scope):
+    ctx, batch = scene(tmp_path, float64_model())
+    method = Vaccine(norm_scope=scope)
+    drift = method.perturbation(ctx, batch)
+    _, found = gradient(ctx, method, batch)
+    for seed in range(3):
+        way = random_way(found, seed)
+        with ctx.hidden_offset(drift):
+            slope = central_slope(ctx, way, lambda: ctx.loss(batch, grad=False))
+        assert slope == pytest.approx(sum((found[name] * way[name]).sum().item() for name in found), rel=1e-5)
+        assert slope != pytest.approx(central_slope(ctx, way, lambda: ctx.loss(batch, grad=False)), rel=1e-3)
+
+
+def test_the_blocks_own_output_stays_as_it_was(tmp_path):
+    """The authors' hook adds to it in place."""
+    ctx, batch = scene(tmp_path)
+    kept = []
+    for block in attention_blocks(ctx.model).values():
+        block.register_forward_hook(lambda _block, _inputs, output: kept.append((output[0], output[0].clone())))
+    clean = ctx.loss(batch)
+    assert Vaccine().step(ctx, batch, {}) > clean
+    assert len(kept) == 3 * LAYERS and all(torch.equal(output, before) for output, before in kept)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -168,7 +198,7 @@ def test_two_steps_equal_the_reference(tmp_path, scope):
                          parameters="full", max_grad_norm=0.0, save_every=0)  # fmt: skip
     bench = make_bench(tmp_path, model)
     train(bench, recorder, make_rows("row", 8), config)
-    batches = [(b.input_ids, b.attention_mask, b.labels) for (b,) in recorder.batches]
+    batches = [parts(b) for (b,) in recorder.batches]
     expected = reference.train(before, batches, SHAPE, HIDDEN, 2.0, scope, 1e-2)
     after = {name: p for name, p in snapshot(bench.loaded.model).items() if name in expected}
     assert furthest(after, expected) < 1e-9

@@ -21,6 +21,7 @@ from benches import (
 from reference import bilevel as reference
 from tiny import LAYERS, tiny_model
 
+from apothecary.curate import pharmacist
 from apothecary.curate.keep import keep
 from apothecary.curate.pharmacist import Pharmacist
 from apothecary.data.batching import plan
@@ -29,6 +30,7 @@ from apothecary.errors import ConfigError, TrainingError
 from apothecary.registry import lookup
 from apothecary.train.config import TrainConfig
 from apothecary.train.on_demand import OnDemand
+from apothecary.train.progress import watched
 from apothecary.train.scores import exact_scores
 
 SHAPE = (LAYERS, 4)
@@ -245,13 +247,18 @@ def test_stopped_anywhere_it_ends_with_the_same_scores(tmp_path, call):
     assert method.score(make_bench(tmp_path / "killed"), rows) == whole
 
 
-def test_resumed_it_takes_only_the_steps_that_were_not_saved(tmp_path):
+@pytest.mark.evidence(PHARMACIST, "definition")
+def test_resumed_it_takes_only_the_steps_that_were_not_saved(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(pharmacist, "watched", lambda bench, items, total, *names: told.append(total) or watched(
+        bench, items, total, *names))  # fmt: skip
     method, rows = cold(epochs=1, batch_size=4, warmup=TrainConfig(save_every=2)), make_rows("pool", 24)
     with pytest.raises(Halt):
         method.score(make_bench(tmp_path, stop=halt_at(24 + 5)), rows)  # each row is measured before the steps
     calls = []
     method.score(make_bench(tmp_path, stop=lambda: calls.append(0)), rows)
     assert len(calls) == 24 + 6 - 4
+    assert told == [6, 2], "what is left is told"
 
 
 @pytest.mark.parametrize("mode", ["score", "bilevel"])

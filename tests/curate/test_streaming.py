@@ -25,7 +25,7 @@ def start(*arguments: object) -> subprocess.Popen[str]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to measure the peak")
-@pytest.mark.parametrize("method", ["el2n", "less"])
+@pytest.mark.parametrize("method", ["el2n", "less", "pharmacist", "seal", "dsir", "k_center"])
 def test_the_pool_need_not_fit_in_memory(tmp_path, method):
     """Against the same rows without their ballast, the stage may take half of the ballast's size at most."""
     with start(tmp_path, method) as process:
@@ -37,17 +37,18 @@ def test_the_pool_need_not_fit_in_memory(tmp_path, method):
     assert [row.id for row in small] == [row.id for row in large] and len(small) == cases.ROWS // 2
 
 
-@pytest.mark.parametrize("method", ["less_sgd"])
-def test_killed_in_the_middle_it_goes_on_where_it_was(tmp_path, method):
+@pytest.mark.parametrize(("method", "sign"), [("less_sgd", "sweep/*/512-*"), ("pharmacist", "row_weights.pt"),
+                                              ("seal", "checkpoint-8/*")])  # fmt: skip
+def test_killed_in_the_middle_it_goes_on_where_it_was(tmp_path, method, sign):
+    """Killed as soon as there is a sign that it is under way."""
     pool = cases.write_pool(tmp_path / "pool", 2048, 0)
     whole = cases.curate(tmp_path / "whole", method, pool)
-    sweep = tmp_path / "killed" / "stage" / "pool" / "checkpoints" / "sweep"
+    folder = tmp_path / "killed" / "stage" / "pool" / "checkpoints"
     with start(tmp_path / "killed", method, pool) as process:
-        while process.poll() is None and not list(sweep.glob("*/512-*")):
+        while process.poll() is None and not list(folder.glob(sign)):
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
-    done = {path: path.stat().st_mtime_ns for path in sweep.glob("*/*-*")}
-    assert not [path for path in done if path.name.startswith("1536-")], "it was killed before the last chunk"
+    assert process.returncode == -signal.SIGKILL, "it was killed before its end"
+    done = {path: path.stat().st_mtime_ns for path in folder.glob("sweep/*/*-*")}
     assert cases.curate(tmp_path / "killed", method, pool) == whole
     assert {path: path.stat().st_mtime_ns for path in done} == done, "finished chunks were not made again"

@@ -1,5 +1,5 @@
 """Faults that were found in published code for these methods (methods.md 1.2-1.4, 2.5, 3-5, 7-9, 11), each with the
-test that shows that ours has none of it: id -> (what went wrong there, file::test).
+test that shows that ours has none of it, or that it is kept on purpose: id -> (what went wrong there, file::test).
 """
 
 FAULTS: dict[str, tuple[str, str]] = {
@@ -163,6 +163,14 @@ FAULTS: dict[str, tuple[str, str]] = {
         "With a wrong attention mask pads take a share of the perturbation.",
         "align/test_vaccine.py::test_the_perturbation_has_norm_rho",
     ),
+    "vaccine/shared-radius": (
+        "Rows share one radius, so that a larger batch perturbs each of them less, without another choice.",
+        "align/test_vaccine.py::test_the_perturbation_has_norm_rho",
+    ),
+    "vaccine/in-place": (
+        "A hook changes a block's output in place.",
+        "align/test_vaccine.py::test_the_blocks_own_output_stays_as_it_was",
+    ),
     "t-vaccine/mlp-trained": (
         "Only attention is frozen outside the chosen layers, and adapters on the MLPs train everywhere.",
         "align/test_t_vaccine.py::test_only_the_layers_of_s_move_under_weight_decay",
@@ -192,8 +200,7 @@ FAULTS: dict[str, tuple[str, str]] = {
         "align/test_repnoise.py::test_every_family_is_defended_and_left_without_hooks",
     ),
     "repnoise/masked-logits": (
-        "The mask zeroes logits, so that the first response token and tokens of id 0 have no gradient, and tokens that "
-        "both answers share are not trained.",
+        "The mask zeroes logits: the first response token, id 0 and what both answers share are not trained.",
         "align/test_repnoise.py::test_every_response_token_and_every_hidden_state_is_ascended_once",
     ),
     "repnoise/equal-lengths": (
@@ -201,12 +208,20 @@ FAULTS: dict[str, tuple[str, str]] = {
         "align/test_repnoise.py::test_m_compares_sequences_of_any_lengths",
     ),
     "repnoise/double-norm": (
-        "The last hidden state, already normed, meets the final norm again; the sum of losses is divided by one less.",
+        "The last hidden state, already normed, meets the final norm again.",
+        "align/test_repnoise.py::test_two_steps_equal_the_reference",
+    ),
+    "repnoise/divisor": (
+        "The sum of losses is divided by one less than there are.",
         "align/test_repnoise.py::test_a_head_that_knows_nothing_gives_the_logarithm_of_1_plus_log_v",
+    ),
+    "repnoise/in-place": (
+        "The layers' losses are added in place to the loss of the output.",
+        "align/test_repnoise.py::test_every_response_token_and_every_hidden_state_is_ascended_once",
     ),
     "repnoise/negative-log": (
         "A copy drops the 1 inside the logarithm, whose argument may then be below it.",
-        "align/test_repnoise.py::test_the_logarithm_stays_above_zero_where_harm_is_certain",
+        "align/test_repnoise.py::test_the_argument_of_the_logarithm_is_1_plus_the_mean_loss",
     ),
     "repnoise/unpaired": (
         "Copies feed unpaired rows, for which the mask means nothing.",
@@ -230,7 +245,7 @@ FAULTS: dict[str, tuple[str, str]] = {
     ),
     "vectors/softmax-axis": (
         "A KL term takes the softmax along the sequence.",
-        "finetune/test_security_vectors.py::test_the_kl_term_equals_the_reference",
+        "finetune/test_vector_training.py::test_the_kl_term_equals_the_reference",
     ),
     "vectors/trained-along": (
         "The vectors, active in the customer's training, are trained with it.",
@@ -238,11 +253,19 @@ FAULTS: dict[str, tuple[str, str]] = {
     ),
     "vectors/inexact-removal": (
         "Merged vectors are subtracted in half precision.",
-        "finetune/test_security_vectors.py::test_the_merge_keeps_the_weights_dtype_and_is_undone",
+        "finetune/test_merged_vectors.py::test_the_merge_keeps_the_weights_dtype_and_is_undone",
+    ),
+    "vectors/released": (
+        "A model is merged and saved while the vectors are active.",
+        "finetune/test_merged_vectors.py::test_no_adapter_is_saved_or_merged_on_weights_that_hold_the_vectors",
     ),
     "vectors/dropout": (
         "Dropout makes the vectors' output, and with it harmful gradients, random.",
-        "finetune/test_security_vectors.py::test_fresh_vectors_have_no_divergence_even_under_the_models_dropout",
+        "finetune/test_security_vectors.py::test_vectors_have_no_dropout",
+    ),
+    "vectors/dropout-masks": (
+        "The passes of the KL term draw different dropout masks, and noise counts as divergence.",
+        "finetune/test_vector_training.py::test_fresh_vectors_have_no_divergence_even_under_the_models_dropout",
     ),
     # -- selectors ------------------------------------------------------------------------------------------------
     "select/reindexed": (
@@ -281,8 +304,16 @@ FAULTS: dict[str, tuple[str, str]] = {
         "The shorter of the two loaders ends the epoch.",
         "curate/test_seal.py::test_the_pool_is_gone_through_whole_however_few_safe_rows_there_are",
     ),
+    "seal/first-epoch": (
+        "In the first epoch theta does not see the pool while the weights already move; kept, as results rest on it.",
+        "curate/test_seal.py::test_at_ul_one_theta_does_not_see_the_pool_and_weights_move_all_the_same",
+    ),
     "less/optimiser-order": (
-        "Adam's moments are matched to gradients by position, in half precision, in whatever mode the model is.",
+        "Adam's moments are matched to gradients by position.",
+        "train/test_early.py::test_each_holds_the_weights_and_moments_of_its_step",
+    ),
+    "less/half-precision": (
+        "Gradients and moments are taken in half precision, in whatever mode the model is.",
         "curate/test_less.py::test_less_equals_the_reference",
     ),
     "dsir/short-rows": (
@@ -306,7 +337,11 @@ FAULTS: dict[str, tuple[str, str]] = {
         "curate/test_k_center.py::test_scores_are_the_places_in_the_order_of_the_embeddings",
     ),
     "el2n/final-model": (
-        "Errors are taken from the finished model, or over prompt tokens too.",
+        "Errors are taken from the finished model.",
+        "curate/test_el2n.py::test_it_equals_the_reference",
+    ),
+    "el2n/prompt-tokens": (
+        "Errors are taken over prompt tokens too.",
         "curate/test_el2n.py::test_prompts_and_padding_do_not_count",
     ),
     # -- evaluation -----------------------------------------------------------------------------------------------

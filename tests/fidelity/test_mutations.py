@@ -19,8 +19,12 @@ from apothecary.registry import entries
 FAST = {"definition", "reference", "finite_difference"}
 SECONDS = 20  # for one test under one mutant, which may loop for ever
 MATHS = {  # formulas that methods share, and the methods whose tests must notice a flipped sign there
+    "apothecary.models.merging": ("finetune/security_vectors",),
     "apothecary.train.drift": ("align/vaccine", "align/t_vaccine"),
     "apothecary.train.embeddings": ("curate/k_center", "curate/task_vary"),
+    "apothecary.train.heads": ("align/repnoise",),
+    "apothecary.train.internals": ("align/vaccine", "align/booster"),
+    "apothecary.train.mmd": ("align/repnoise",),
     "apothecary.train.row_weights": ("curate/pharmacist", "curate/seal"),
     "apothecary.train.scores": ("curate/pharmacist",),
     "apothecary.train.simulated_attack": ("curate/pharmacist",),

@@ -94,7 +94,8 @@ def test_each_arm_is_compared_with_its_own_undefended_one():
     heading, _, *lines = rows(page)
     table = {line[0]: line for line in lines}
     assert heading == ["model", "harmful rows", "HS", "HS+", "refuses", "HS against"]
-    assert table["vectors"][1:] == ["10 %", "10 [6, 17]", "10 [6, 17]", "90 [83, 94]", "lower \u221285 [\u221292, \u221278]: bare"]
+    assert table["vectors"][1:-1] == ["10 %", "10 [6, 17]", "10 [6, 17]", "90 [83, 94]"]
+    assert table["vectors"][-1] == "lower \u221285 [\u221292, \u221278]: bare"
     assert table["vectors, fast"][-1] == "not told apart 0 [0, 0]: bare, fast"
     assert table["bare"][-1] == table["aligned"][-1] == NOTHING
     assert "mean over seeds 0, 1 and 2; prompts: 100 harmful." in page and "compliance, not harm" in page

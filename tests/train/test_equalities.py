@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from benches import float64_model, furthest, make_batch, make_bench, make_context, make_rows, snapshot
+from benches import float64_model, furthest, largest, make_batch, make_bench, make_context, make_rows, snapshot
 from cases import CASES, Case, Seeded, params, seed_share
 from tiny import PAD
 
@@ -27,12 +27,6 @@ def run(folder, case: Case, accumulation, **changes):
     model = bench.loaded.model
     final = snapshot(model) if case.parameters == "full" else dict(adapter_parameters(model, TRAINED))
     return recorder, {name: p.detach() for name, p in final.items()}, result
-
-
-def largest(a, b):
-    """`furthest` without gradients that are zero but for rounding, such as those of key biases."""
-    real = {name for name, g in b.items() if g.abs().max() > 1e-12}
-    return furthest({name: a[name] for name in real}, {name: b[name] for name in real})
 
 
 @pytest.mark.parametrize("reduction", ["token_mean", "sample_mean"])

@@ -10,7 +10,7 @@ from tiny import CONTEXT, tiny_model
 from apothecary.data.rows import Row
 from apothecary.errors import ConfigError, OverLong, TrainingError
 from apothecary.train.config import TrainConfig
-from apothecary.train.fit import _refuse_layout, fit
+from apothecary.train.fit import _refuse_devices, fit
 from apothecary.train.method import Needs, TrainingMethod
 
 
@@ -107,7 +107,7 @@ def test_progress_bars_are_shown_when_asked_for(tmp_path, capsys):
 class OnSeveralDevices:
     """Arguments of a launch that shows several GPUs to one process."""
 
-    n_gpu, world_size, fsdp = 2, 1, None
+    n_gpu, world_size = 2, 1
 
 
 def test_several_gpus_in_one_process_need_a_model_spread_over_them():
@@ -115,6 +115,27 @@ def test_several_gpus_in_one_process_need_a_model_spread_over_them():
     for placement in (None, {"": 0}):
         model.hf_device_map = placement
         with pytest.raises(TrainingError, match="several GPUs are visible"):
-            _refuse_layout(OnSeveralDevices(), Plain(), model)
+            _refuse_devices(OnSeveralDevices(), Plain(), model)
     model.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1}
-    _refuse_layout(OnSeveralDevices(), Plain(), model)
+    _refuse_devices(OnSeveralDevices(), Plain(), model)
+
+
+@pytest.mark.parametrize("key", ["FSDP", "DEEPSPEED"])
+def test_a_sharded_launch_is_refused_before_any_work(tmp_path, monkeypatch, key):
+    monkeypatch.setenv(f"ACCELERATE_USE_{key}", "true")
+    bench = make_bench(tmp_path)
+    with pytest.raises(TrainingError, match=f"'plain' cannot run in layout '{key.lower()}'; launch it as single or"):
+        fit(bench, Plain(), make_rows("row", 4), TrainConfig(max_steps=1), tmp_path / "out")
+    assert not any(tmp_path.iterdir()) and not hasattr(bench.loaded.model, "peft_config")
+
+
+@pytest.mark.parametrize("asked", ["fp16", "bf16"])
+def test_the_precision_of_the_launcher_changes_nothing(tmp_path, monkeypatch, asked):
+    """`precision` decides alone: no second autocast, no loss scaler."""
+    config = TrainConfig(max_steps=2, batch_size=4, save_every=0, log_every=1)
+    losses = []
+    for name in ("no", asked):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", name)
+        result = fit(make_bench(tmp_path / name), Plain(), make_rows("row", 8), config, tmp_path / name / "out")
+        losses.append([(entry["loss"], entry["grad_norm"]) for entry in result.history])
+    assert losses[0] == losses[1]

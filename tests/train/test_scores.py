@@ -94,6 +94,7 @@ def test_where_no_step_agrees_the_way_out_is_named(tmp_path, monkeypatch):
     pool_scores(bench, ctx, make_rows("row", 16), direction, "mean", "exact")  # asks for no step
 
 
+@EVIDENCE
 @pytest.mark.parametrize("found", [torch.zeros(16), torch.full((16,), torch.nan), torch.full((16,), torch.inf)])
 def test_differences_that_vanish_or_are_not_finite_do_not_pass(tmp_path, monkeypatch, found):
     """As in half precision, where a small step moves no weight."""

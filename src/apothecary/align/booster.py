@@ -10,8 +10,9 @@ one piece; the norm spans all trainable tensors.
 Cost: 3 forward + 3 backward per optimiser step where the harmful batch has the size of the alignment batch; beside
 `.grad`, which takes up lamb * q and then -lamb * q~, one tensor for each trainable parameter: q, then theta~.
 
-The authors train with aux_batch_size 10, batch_size 10, learning_rate 5e-4, 20 epochs, a constant schedule without
-warm-up, weight_decay 0.1, and LoRA of rank 32, alpha 4 and dropout 0 on q, k and v (methods.md 1.3, 4.5).
+The authors train on 5000 refusals and 5000 harmful rows with aux_batch_size 10, batch_size 10, learning_rate 5e-4, 20
+epochs, a constant schedule without warm-up, weight_decay 0.1, max_length 256, and LoRA of rank 32, alpha 4 and dropout
+0 on q, k and v (methods.md 1.3, 4.5).
 
 Deviations from the authors' code (git-disl/Booster): accumulated gradients survive the probes; theta is put back
 untouched; both harmful passes draw the same dropout masks; parameters without a gradient are left out; processes share

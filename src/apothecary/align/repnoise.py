@@ -20,8 +20,9 @@ micro-batch several.  Noise is keyed by seed, row and draw.
 Cost: 1 forward + 1 backward over alignment and harmful rows together (two forwards where one width would cost too much
 padding); the head on the response tokens of L + 1 hidden states, chunk by chunk, each chunk's logits formed once.
 
-The paper trains all parameters with batch_size 8, learning_rate 2e-5, 1 epoch, schedule cosine, warmup_ratio 0.1 and
-weight_decay 0 (methods.md 4.4).  Its main text swaps alpha and beta; here they are those of its appendix and code.
+The paper trains all parameters on 10,000 pairs with batch_size 8, learning_rate 2e-5, 1 epoch, schedule cosine,
+warmup_ratio 0.1 and weight_decay 0 (methods.md 4.4).  Its main text swaps alpha and beta; here they are those of its
+appendix and code.
 
 Deviations from the authors' code (domenicrosati/representation-noising): no hook outlives its pass; every response
 token counts in the losses, also the first, those of id 0 and those that both answers share; answers may differ in

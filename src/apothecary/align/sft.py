@@ -3,6 +3,9 @@
     update with grad_theta f(theta),  f = mean cross-entropy over the response tokens
 
 Cost: 1 forward + 1 backward per batch.
+
+Papers train the baseline as their own method; Booster's authors: 5000 refusals, 20 epochs, batch_size 10, learning_rate
+5e-4, a constant schedule, weight_decay 0.1, and LoRA of rank 32 and alpha 4 on q, k and v (methods.md 4.1).
 """
 
 from __future__ import annotations

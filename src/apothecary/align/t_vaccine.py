@@ -13,8 +13,9 @@ Cost: 2 forward + 2 backward per batch down to the lowest layer of S; what lies 
 differentiated.  The first backward forms activation gradients only, the second parameter gradients in S alone.  Each
 `rescore` steps, one pass more over `score_rows` harmful rows.
 
-The authors' code trains with learning_rate 1e-3, 20 epochs, batch_size 10, schedule cosine, warmup_ratio 0.1,
-weight_decay 0.1, max_length 200, and LoRA of rank 8, alpha 1 and dropout 0.1 on all linear layers (methods.md 4.3).
+The authors' code trains on 2000 refusals, beside 200 harmful rows, with learning_rate 1e-3, 20 epochs, batch_size 10,
+schedule cosine, warmup_ratio 0.1, weight_decay 0.1, max_length 200, and LoRA of rank 8, alpha 1 and dropout 0.1 on all
+linear layers (methods.md 4.3).
 
 Reconstructed from the authors' code (Lslland/T-Vaccine), since the formulas of the paper could not be read: everything
 but the idea.  Deviations from that code: scores average many rows in place of one; layers outside S are frozen whole,

@@ -8,9 +8,9 @@ Cost: 2 forward + 2 backward per batch; the first backward forms activation grad
 clean pass runs on the weights W + s B A in place of branches beside W, at the price of one more copy of those weights:
 the same gradients but for rounding.
 
-The authors' code trains with learning_rate 1e-3, 50 epochs, batch_size 5, schedule cosine, warmup_ratio 0.1,
-weight_decay 0.1, max_length 200, and LoRA of rank 8, alpha 1 and dropout 0.1 on all linear layers (methods.md 1.3); the
-paper's text names attention alone.
+The authors' code trains on 2000 rows with learning_rate 1e-3, 50 epochs, batch_size 5, schedule cosine, warmup_ratio
+0.1, weight_decay 0.1, max_length 200, and LoRA of rank 8, alpha 1 and dropout 0.1 on all linear layers (methods.md 1.3,
+4.1); the paper's text names attention alone.
 
 Deviations from the authors' code (git-disl/Vaccine): accumulated gradients survive the probe, both passes draw the same
 dropout masks, the norm is taken in fp32, and attention blocks are found by structure.  `norm_scope="sample"` is ours;

@@ -113,7 +113,7 @@ class Pharmacist(Selector):
         sample = probe(bench, ctx, rows) if self.gradient == "central" else None
         batches = (chosen for epoch in range(self.epochs)
                    for chosen in plan(pool.lengths, self.batch_size, bench.seed, epoch))  # fmt: skip
-        left = self.epochs * -(-len(pool) // self.batch_size) - state["steps"]
+        left = self.epochs * math.ceil(len(pool) / self.batch_size) - state["steps"]
         for chosen in watched(bench, islice(batches, state["steps"], None), left, "row weights", "step"):
             self.selector_step(ctx, pool.batch(chosen, ctx), chosen, state, sample)
             if self.warmup.save_every and state["steps"] % self.warmup.save_every == 0:

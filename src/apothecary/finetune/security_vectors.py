@@ -6,17 +6,20 @@ Zhou et al. 2024, arXiv 2311.02105 (methods.md 2).
                at a theta that has itself taken K steps on harmful rows (train/vectors.py)
     customer:  train Delta in M(x; theta + Delta, theta_s) with theta_s active and frozen; release M(x; theta + Delta)
 
-Cost: the vectors take 2 forward + 2 backward per batch, plus one forward without vectors on the benign rows; K inner
-steps add K forward + K backward over the whole backbone, one forward, and three copies of the backbone while they last
-(its change, a gradient, the saved bytes); the customer's stage takes 1 forward + 1 backward, with one low-rank branch
-more unless the vectors are merged.
+Cost: the customer's stage takes 1 forward + 1 backward per batch, with one low-rank branch more unless the vectors are
+merged.  Before it, the vectors take 2 forward + 2 backward per batch, plus one forward without vectors on the benign
+rows; K inner steps add K forward + K backward over the whole backbone, one forward, and three copies of the backbone
+while they last (its change, a gradient, the saved bytes).
 
-lamb: 0 is the plain loss of arXiv 2405.14577, inner_steps above 0 the paper's min-min problem.  Learning rate 1e-3 and
-10 epochs follow arXiv 2405.14577 and the paper.
-Reconstructed, since the authors' repository cannot be had: direction and weight of the KL term, rank, targets, batch
-size, the stopping criterion, and the whole inner loop: theta is every weight of the backbone, moved by plain gradient
-descent on harmful draws of its own, and both terms are taken at the moved theta (methods.md 2.3).  The criterion
-reads the NLL where theta has not moved: long inner steps make harmful rows fit without the vectors.
+Neither the paper's text nor the authors' repository could be had (methods.md 2).  100 harmful rows come from the
+paper's abstract; 10 epochs, the LoRA form and the min-min problem from a third party's analysis of it; learning rate
+1e-3 and the plain loss, lamb: 0, from arXiv 2405.14577.
+Deviation: the min-min problem is inner_steps above 0; by default theta stays where it is.
+Reconstructed: rank, targets and alpha of the LoRA, batch size, constant schedule, no dropout, no weight decay; weight,
+direction and positions of the KL term, and its benign rows; the stopping criterion; the length of the inner loop and
+the loop itself: theta is every weight of the backbone, moved by plain gradient descent on harmful draws of its own, and
+both terms are taken at the moved theta (methods.md 2.3).  The criterion reads the NLL where theta has not moved: long
+inner steps make harmful rows fit without the vectors.
 Base log-probabilities are not stored: they take rows x tokens x vocabulary numbers, hold for one theta only, and
 save one forward of five passes.
 Limits: the vectors block what they reproduce; other harm has a gradient, and strong attacks leak (methods.md 2.8).
@@ -27,7 +30,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from apothecary.errors import ConfigError, TrainingError, expect
@@ -48,7 +51,7 @@ log = logging.getLogger(__name__)
 
 
 def _vector_training() -> TrainConfig:
-    return TrainConfig(learning_rate=1e-3, epochs=10, batch_size=8, schedule="constant", warmup_ratio=0.0,
+    return TrainConfig(learning_rate=1e-3, epochs=10.0, batch_size=8, schedule="constant", warmup_ratio=0.0,
                        lora=LoraSettings(targets=ATTENTION))  # fmt: skip
 
 
@@ -57,25 +60,27 @@ def _vector_training() -> TrainConfig:
 class SecurityVectors(TrainingMethod):
     """Hyper-parameters of the vectors and of their use."""
 
-    harmful_rows: int = 100  # >= 1, rows that train the vectors (paper)
+    harmful_rows: int = 100  # >= 1, rows that train the vectors (paper's abstract)
     lamb: float = 1.0  # >= 0, weight of the KL term (reconstructed); 0: plain NLL as in arXiv 2405.14577
     inner_steps: int = 0  # K >= 0, steps of the backbone before each step of the vectors (reconstructed); 0: none
     inner_learning_rate: float = 1e-3  # eta > 0, of those steps (ours); much longer ones leave the vectors no work
     target_nll: float = 0.1  # >= 0, nats per token at which training ends (reconstructed)
     require_converged: bool = False  # whether vectors that miss the target stop the run; else they are reported (ours)
-    learn_from: Literal["harmful", "benign"] = "harmful"  # "benign" is the ablation that should not protect
+    learn_from: Literal["harmful", "benign"] = "harmful"  # "benign", the ablation that should not protect, ignores lamb
     execution: Literal["merged", "branch"] = "merged"  # vectors added to the weights, or a second adapter
-    vectors: TrainConfig | None = None  # how the vectors are trained, at most; None: the defaults above
+    vectors: TrainConfig = field(default_factory=_vector_training)  # how the vectors are trained, at most
 
-    needs = Needs(prepare_roles=("harmful", "benign"), prepared=True)
+    needs = Needs(prepare_roles=("harmful", "benign"), prepared=True)  # with the defaults
 
     def __post_init__(self) -> None:
+        roles = ("benign",) if self.learn_from == "benign" else ("harmful", "benign") if self.lamb else ("harmful",)
+        object.__setattr__(self, "needs", replace(self.needs, prepare_roles=roles))
         expect(self, "at least 1", lambda n: n >= 1, "harmful_rows")
         expect(self, "at least 0", lambda x: x >= 0, "lamb", "target_nll", "inner_steps")
         expect(self, "above 0", lambda x: x > 0, "inner_learning_rate")
-        if self.vectors is not None and self.vectors.parameters != "lora":
+        if self.vectors.parameters != "lora":
             raise ConfigError("security vectors must be removable: set vectors.parameters to lora")
-        if self.vectors is not None and self.vectors.lora.dropout:
+        if self.vectors.lora.dropout:
             raise ConfigError("dropout in security vectors would give harmful rows a gradient; set "
                               "vectors.lora.dropout: 0")  # fmt: skip
 
@@ -104,7 +109,7 @@ class SecurityVectors(TrainingMethod):
         bench = replace(bench, source=bench.loaded, aux={**bench.aux, LEARNED: rows})
         lamb = 0.0 if self.learn_from == "benign" else self.lamb
         method = VectorTraining(lamb, self.target_nll, self.inner_steps, self.inner_learning_rate)
-        result = train(bench, method, rows, self.vectors or _vector_training(), name=VECTORS)
+        result = train(bench, method, rows, self.vectors, name=VECTORS)
         reached = {**method.reached(result.state), "steps": result.metrics["steps"]}
         self.accept(reached)
         if result.metrics["rank"] == 0:

@@ -329,7 +329,7 @@ def merge_adapters(model: nn.Module, folders: Sequence[Path]) -> PreTrainedModel
     for key, layer in plain(model).named_modules():
         if not isinstance(layer, LoraLayer):
             continue
-        if is_tied(model, layer):
+        if is_tied(model, cast(nn.Module, layer)):
             raise ModelError(f"an adapter changes '{key}', which is tied to the other embedding; untie them to merge")
         linear: Any = layer.get_base_layer()
         dtype = linear.weight.dtype

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate.utils import parse_flag_from_env
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from apothecary.data.batching import padding_share, plan
@@ -29,6 +30,7 @@ from apothecary.train.workbench import Workbench
 
 log = logging.getLogger(__name__)
 TRAINED = "trained"  # the adapter that learns
+LAUNCHES = ("fsdp", "deepspeed", "megatron_lm", "parallelism_config")  # of accelerate, in ACCELERATE_USE_...
 
 
 @dataclass(frozen=True)
@@ -71,10 +73,11 @@ def train(bench: Workbench, method: TrainingMethod, rows: Sequence[Row] | OnDema
     Rows on demand are trained on as they are, without the method's `rows`.
     """
     bench.require(method)
+    _refuse_launch(method)
     given = rows.rows if isinstance(rows, OnDemand) else method.rows(rows, bench.aux, bench.seed)
     rendered = rows if isinstance(rows, OnDemand) else bench.render(given, config)
     args = _arguments(bench, config, len(rendered))
-    _refuse_layout(args, method, bench.loaded.model)
+    _refuse_devices(args, method, bench.loaded.model)
     model = attach(bench, config, name, start)
     bench.loaded.model = model  # type: ignore
     context = bench.context(config, method.needs.roles, args.world_size, args.process_index)
@@ -171,17 +174,26 @@ def _arguments(bench: Workbench, config: TrainConfig, rows: int) -> TrainingArgu
         save_steps=config.save_every or 500, logging_steps=config.log_every, logging_nan_inf_filter=False,
         full_determinism=config.deterministic and device != "cpu", disable_tqdm=True, remove_unused_columns=False,
         dataloader_pin_memory=False, ddp_backend="gloo" if device == "cpu" and spread else None)  # fmt: skip
+    arguments.mixed_precision = "no"  # `precision` alone decides; a launcher's setting would come on top of it
     return arguments
 
 
-def _refuse_layout(args: TrainingArguments, method: TrainingMethod, model: Any) -> None:
+def _refuse_devices(args: TrainingArguments, method: TrainingMethod, model: Any) -> None:
     spread = getattr(adapters.plain(model), "hf_device_map", None) or {}
     if args.n_gpu > 1 and len(set(spread.values())) < 2:  # a model over several devices needs them in one process
         raise TrainingError("several GPUs are visible to one process; launch with torchrun --nproc-per-node, "
                             "or set CUDA_VISIBLE_DEVICES to one of them")  # fmt: skip
-    layout = "single" if args.world_size == 1 else "data_parallel"
-    if torch.distributed.is_initialized() and args.fsdp:
-        layout = "fsdp"
+    _refuse_layout(method, "single" if args.world_size == 1 else "data_parallel")
+
+
+def _refuse_launch(method: TrainingMethod) -> None:
+    """What a launcher asks for in the environment, where the Trainer would find it."""
+    for layout in LAUNCHES:
+        if parse_flag_from_env(f"ACCELERATE_USE_{layout.upper()}"):
+            _refuse_layout(method, layout)
+
+
+def _refuse_layout(method: TrainingMethod, layout: str) -> None:
     if layout not in method.needs.layouts:
         raise TrainingError(f"method '{method.name}' cannot run in layout '{layout}'; "
                             f"launch it as {' or '.join(method.needs.layouts)}")  # fmt: skip

@@ -23,5 +23,5 @@ def mmd(x_BF: Tensor, y_BF: Tensor, kernels: int = 5, factor: float = 2.0) -> Te
     powers = [factor ** (i - kernels // 2) for i in range(kernels)]
     kernel_RR = torch.stack([torch.exp(-distances_RR / (spread * power)) for power in powers]).sum(0)
     side_R = torch.ones_like(squares_R)
-    side_R[len(x_BF) :] = -1
+    side_R[len(x_BF) :] = -1.0
     return side_R @ kernel_RR @ side_R / len(x_BF) ** 2

@@ -125,7 +125,7 @@ def agreement(central_B: Tensor, exact_B: Tensor) -> float:
         found = 1.0 - (central_B - exact_B).abs().max() / largest.clamp_min(1e-30)
     else:
         found = torch.stack([central_B, exact_B]).double().corrcoef()[0, 1]
-    return found.nan_to_num(-1.0, -1.0, -1.0).item()
+    return found.item() if found.isfinite() else -1.0
 
 
 def pool_scores(bench: Workbench, ctx: StepContext, rows: Sequence[Row], direction: Weights, kind: RowLoss,
