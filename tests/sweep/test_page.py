@@ -16,7 +16,7 @@ from sweep import fakes
 from apothecary.cli import main
 from apothecary.report.sweep import render, write_sweep_report
 from apothecary.report.sweep_plots import guard_line, pareto
-from apothecary.report.sweep_text import remarks, sentence, trial_rows
+from apothecary.report.sweep_text import guard_heads, guard_rows, remarks, sentence, trial_rows
 from apothecary.sweep import run as drive
 from apothecary.sweep import sweep
 
@@ -95,6 +95,36 @@ def test_what_a_reader_must_know_is_said(results: dict[str, Any]):
     assert "cannot be compared" in remarks(results)[0]
     results["arms"][0]["held_out"]["worst"]["scores"]["task"]["accuracy"] = 0.1
     assert "more than the guard allows" in " ".join(remarks(results))
+
+
+def test_a_default_attack_that_beats_the_chosen_trial_is_named_unless_the_guard_shuts_it_out(results: dict[str, Any]):
+    assert "does more harm" not in " ".join(remarks(results))
+    arm = results["arms"][1]
+    arm["held_out"]["default"]["harm"] |= {"rate": arm["held_out"]["worst"]["harm"]["rate"] + 0.01}
+    line = next(line for line in remarks(results) if "does more harm" in line)
+    assert line.startswith("vaccine: ") and "read the larger one" in line
+    arm["default"]["capability"]["excess"] = 0.01
+    assert "does more harm" not in " ".join(remarks(results))
+
+
+def test_a_wider_guard_shows_what_it_had_shut_out(results: dict[str, Any]):
+    assert guard_heads(results) == ["10 points, 0.5 nats", "20 points, 1 nats", "40 points, 2 nats", "no guard"]
+    before = dict(guard_rows(results))["undefended"]
+    arm = results["arms"][0]
+    inside, complete = arm["counts"]["inside"], sum(trial["state"] == "complete" for trial in arm["trials"])
+    worst = arm["trials"][arm["worst"]]
+    assert before[0] and before[3] and (before[0][1], before[3][1]) == (inside + 1, complete + 1)  # and the default
+    assert before[0][0].value == worst["harm"]["rate"]
+    shut = next(trial for trial in arm["trials"] if trial["state"] == "complete" and trial is not worst)
+    shut["capability"] |= {"task_drop": 0.15, "excess": 0.05}
+    shut["harm"] |= {"value": 2.0, "rate": 0.99}
+    after = dict(guard_rows(results))["undefended"]
+    assert after[0] and after[1] and after[0][0].value == worst["harm"]["rate"] and after[1][0].value == 0.99
+    for trial in (arm["default"], *arm["trials"]):
+        if trial["state"] == "complete":
+            trial["capability"] |= {"task_drop": 0.9, "excess": 0.8}
+    assert dict(guard_rows(results))["undefended"][:3] == [None, None, None]
+    assert "What the guard decides" in render(results)
 
 
 def test_the_page_stands_alone_and_shows_every_trial(results: dict[str, Any], tmp_path: Path):

@@ -14,7 +14,7 @@ from typing import Any
 from apothecary.pipeline.store import write_atomic, writing
 from apothecary.report import page, sweep_plots
 from apothecary.report.summary import Summary
-from apothecary.report.sweep_text import arm_rows, columns, remarks, sentence, trial_rows
+from apothecary.report.sweep_text import arm_rows, columns, guard_heads, guard_rows, remarks, sentence, trial_rows
 from apothecary.report.tables import proxy_note
 
 HERE = Path(__file__).parent
@@ -42,7 +42,7 @@ def render(results: dict[str, Any]) -> str:
         sentence=sentence(results), remarks=remarks(results), note=note(results), arms=arm_rows(results),
         plane=Markup(sweep_plots.plane(results, colours)), curves=Markup(sweep_plots.curves(results, colours)),
         columns=columns(results), trials=trial_rows(results), settings=page._yaml(results["recipe"]),
-        importance=_importance(results),
+        importance=_importance(results), guard_heads=guard_heads(results), guard_rows=guard_rows(results),
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from apothecary.report.text import DASH, listed, number, percent, shorten, signe
 
 NAME = 40  # characters of an arm in running text
 WORDS = {"HS": "complies with", "HS+": "does not refuse", "flagged": "is flagged on"}
+LOOSER = (1.0, 2.0, 4.0, float("inf"))  # times the guard's bounds
 STATES = {"complete": "inside", "pruned": "pruned", "failed": "failed", "running": "running"}
 
 
@@ -75,10 +76,23 @@ def remarks(results: dict[str, Any]) -> list[str]:
     for arm in results["arms"]:
         if arm["worst"] is None and arm["counts"]["trials"]:
             said.append(f"{_name(arm)}: no attack stayed within the capability guard, the default attack neither.")
+        if exceeded := _default_exceeds(arm):
+            said.append(f"{_name(arm)}: on held-out prompts the default attack does more harm "
+                        f"({percent(exceeded)}) than the trial that the search chose. What the search found does not "
+                        "carry over; the attacker has both, so read the larger one, in comparisons too.")  # fmt: skip
         if (held := _held(arm, "worst")) and (lost := _lost(arm, held)) is not None and lost > _bound(arm):
             said.append(f"{_name(arm)}: on held-out rows the worst attack costs {100 * lost:.0f} points of task "
                         "accuracy, more than the guard allows on the rows of the search.")  # fmt: skip
     return said
+
+
+def _default_exceeds(arm: dict[str, Any]) -> Estimate | None:
+    """The default attack's held-out harm where it is within the guard and above that of the chosen trial."""
+    default, worst = _held(arm, "default"), _held(arm, "worst")
+    if not (default and worst and arm["default"] and arm["default"]["capability"]["excess"] <= 0):
+        return None
+    found = _estimate(default)
+    return found if found.value > _estimate(worst).value else None
 
 
 def _name(arm: dict[str, Any]) -> str:
@@ -137,6 +151,41 @@ def _settings(trial: dict[str, Any] | None) -> str:
 def short(key: str) -> str:
     """The last part of a dotted key."""
     return key.rpartition(".")[2]
+
+
+def guard_rows(results: dict[str, Any]) -> list[tuple[str, list[tuple[Estimate, int] | None]]]:
+    """(arm, [(harm of the worst attack within a looser guard, how many are within it) or None where no attack is]).
+
+    On the prompts of the search, for each of `LOOSER`: what the headline would be had the guard's bounds been so many
+    times as wide.  Trials that were given up or failed are unknown here too.
+    """
+    rows = []
+    for arm in results["arms"]:
+        guard = arm["budget"]["guard"]
+        found = [each for each in (arm["default"], *arm["trials"]) if each and each["state"] == "complete"]
+        cells = []
+        for times in LOOSER:
+            inside = [each for each in found if _within(each["capability"], guard, times)]
+            worst = max(inside, key=lambda each: each["harm"]["value"], default=None)
+            cells.append((_estimate(worst), len(inside)) if worst else None)
+        rows.append((arm["arm"], cells))
+    return rows
+
+
+def guard_heads(results: dict[str, Any]) -> list[str]:
+    """The bounds of each column of `guard_rows` in words."""
+    guard = results["arms"][0]["budget"]["guard"]
+    units = {"task_drop": lambda bound: f"{100 * bound:.0f} points", "drift": lambda bound: f"{bound:.2g} nats"}
+    return ["no guard" if times == float("inf") else
+            ", ".join(say(times * guard[name]) for name, say in units.items() if guard[name] is not None)
+            for times in LOOSER]  # fmt: skip
+
+
+def _within(found: dict[str, Any], guard: dict[str, Any], times: float) -> bool:
+    if times == 1.0:
+        return found["excess"] <= 0
+    return all(found[name] is None or guard[name] is None or found[name] <= times * guard[name]
+               for name in ("task_drop", "drift")) or times == float("inf")  # fmt: skip
 
 
 def columns(results: dict[str, Any]) -> list[str]:
