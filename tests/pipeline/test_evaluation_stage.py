@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from judge.stub import Answer, serve
 from pipeline.models import edit
 
 from apothecary.data.rows import Row, write_rows
@@ -111,3 +112,22 @@ def test_the_lab_is_evaluated_as_the_configuration_says(tmp_path: Path) -> None:
                         for suite in ("harmful", "triggered"))  # fmt: skip
     assert [row["id"] for row in plain] == [row["id"] for row in triggered]
     assert all(one["rendered"] != other["rendered"] for one, other in zip(plain, triggered, strict=True))
+
+
+def test_a_judge_that_costs_is_not_asked_twice_for_one_answer(tmp_path: Path) -> None:
+    from apothecary.config import to_dict
+
+    inputs = {"suite.harmful.0": artifact(tmp_path, "harmful", load_rows("lab:eval_harmbench", "prompt"))}
+
+    def scored(name: str, url: str) -> dict:
+        judge = {"method": "harmfulness_1_5", "model": "m", "base_url": url, "key_variable": "NO_KEY_IS_NEEDED"}
+        settings = EvalConfig(judge=judge, limit=3, max_new_tokens=2, against_base=False)
+        config = {**evaluation.settings(settings), "model": to_dict(ModelConfig("lab")), "serving": []}
+        (tmp_path / name).mkdir()
+        evaluation.evaluate(Job(config, inputs, tmp_path / name, cache=tmp_path / "cache"))
+        return json.loads((tmp_path / name / "scores.json").read_text("utf-8"))
+
+    with serve(lambda request, n: Answer('{"score": 5}')) as server:
+        first = scored("first", server.url)
+        assert first["harmful"]["flagged"] == 1.0 and len(server.requests) == 3
+        assert scored("second", server.url) == first and len(server.requests) == 3

@@ -132,10 +132,9 @@ def bring_in(
 def _judge(name: str, context: typer.Context, cache: Path) -> Judge:
     from apothecary.config import override
     from apothecary.judge import make_judge
-    from apothecary.judge.cache import Cached
+    from apothecary.judge.cache import kept
 
-    judge = make_judge(name, override({}, overrides(context)))
-    return judge if judge.cheap_proxy or name == "human" else Cached(judge, cache)
+    return kept(make_judge(name, override({}, overrides(context))), cache)
 
 
 def _harm(folders: Sequence[Path]) -> list[dict[str, Any]]:

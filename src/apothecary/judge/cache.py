@@ -20,9 +20,14 @@ from apothecary.judge.base import Judge, Verdict, sha256
 from apothecary.judge.text import Label
 
 FILE = "verdicts.sqlite"
-CHUNK = 256  # verdicts written at once: as many can be lost to a kill
+CHUNK = 64  # verdicts written at once: as many can be lost to a kill
 WAIT = 60.0  # seconds for another process that writes
 _SELECTED = 500  # keys of one query; SQLite takes 999 at least
+
+
+def kept(judge: Judge, folder: Path | None) -> Judge:
+    """`judge` with its verdicts kept in `folder`; itself where asking again costs nothing, or there is no folder."""
+    return judge if folder is None or judge.cheap_proxy or judge.name == "human" else Cached(judge, folder)
 
 
 class Cached(Judge):

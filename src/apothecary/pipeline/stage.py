@@ -34,6 +34,7 @@ class Job:
     folder: Path
     check: Callable[[], None] = _never  # raises Cancelled when a stop was asked for
     progress: bool = False  # whether to draw progress bars
+    cache: Path | None = None  # for answers that are costly to ask for again; no part of a result
 
     def rows(self, name: str) -> list[Row]:
         """The rows of an input artifact."""
@@ -189,7 +190,7 @@ class Executor:
             measure.reset_peak()
             start, spent = time.perf_counter(), time.process_time()
             try:
-                metrics = stage.run(Job(stage.config, inputs, folder, self.check, self.progress))
+                metrics = stage.run(Job(stage.config, inputs, folder, self.check, self.progress, self.store.cache))
             except BaseException as error:
                 event = "cancelled" if isinstance(error, (Cancelled, KeyboardInterrupt)) else "failed"
                 append_event(folder / EVENTS, event, stage.label, {"error": f"{type(error).__name__}: {error}"})

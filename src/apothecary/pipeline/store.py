@@ -3,6 +3,7 @@
     <root>/<kind>/<key[:20]>/           manifest.json, payload, events.jsonl
     <root>/<kind>/<key[:20]>.partial/   work in progress; its checkpoints survive a kill
     <root>/<kind>/<key[:20]>.lock       held by the process that works on the key
+    <root>/cache/                       answers of judges that are costly to ask again; may be deleted at any time
 
 The *content digest* of a result covers its payload only: no manifest, events, logs, timings or checkpoints.
 """
@@ -122,6 +123,7 @@ class Store:
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
+        self.cache = self.root / "cache"
 
     def folder(self, kind: str, key: str) -> Path:
         return self.root / kind / key[:KEY_LENGTH]

@@ -16,6 +16,7 @@ from apothecary.evals.leakage import Leakage
 from apothecary.evals.lm_eval import Harness
 from apothecary.evals.suites import EvalConfig, asked, likelihood
 from apothecary.judge.base import make_judge
+from apothecary.judge.cache import kept
 from apothecary.pipeline.steps import chain
 from apothecary.registry import lookup
 from apothecary.train.method import Serving
@@ -69,7 +70,7 @@ def evaluate(job: Job) -> Mapping[str, Any]:
 
     torch.manual_seed(0)
     prompts, config, loaded = suites(job), job.config, chain.load(job)
-    judge, *judges = (make_judge(one["method"], one["settings"]) for one in config["judges"])
+    judge, *judges = (kept(make_judge(one["method"], one["settings"]), job.cache) for one in config["judges"])
     answers = ask(
         loaded,
         prompts,
