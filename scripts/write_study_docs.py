@@ -21,7 +21,7 @@ from apothecary.report.summary import Group, summarise
 from apothecary.report.text import NOTHING, points, ratio
 
 ROOT = Path(__file__).parents[1]
-PAGES = tuple(ROOT / "docs" / name for name in ("curation.md", "lab.md"))
+PAGES = tuple(ROOT / "docs" / name for name in ("attacks.md", "curation.md", "lab.md"))
 RESULTS = ROOT / "recipes" / "results"
 MARKED = re.compile(r"<!-- study: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 Results = dict[str, Any]
@@ -61,6 +61,10 @@ def aligned() -> str:
 def methods() -> str:
     """{pharmacist, random, full} x every alignment method."""
     return markdown(read("curation"), base="random, {align}", only="full, *|random, *|pharmacist, *")
+
+
+def attacks() -> str:
+    return markdown(read("attacks"))
 
 
 def selectors() -> str:
@@ -119,7 +123,7 @@ def _harm(ours: Group | None, theirs: Group | None) -> str:
 
 
 PARTS: Mapping[str, Callable[[], str]] = {
-    part.__name__: part for part in (claim, ranked, agreement, aligned, methods, selectors, time, pool_size)
+    part.__name__: part for part in (attacks, claim, ranked, agreement, aligned, methods, selectors, time, pool_size)
 }
 
 

@@ -45,8 +45,8 @@ def _attack(recipe: Any) -> str:
 def _cells(view: Summary, group: Group) -> tuple[str, ...]:
     """What an arm does at each stage; its harm at the verdict's p stands at the end."""
     curate, align, finetune = group.methods
-    at = view.at(group.arm, view.focus)
-    harm = at.get("harmful", view.harm) if at else None
+    at = view.shown(group.arm)
+    harm = at.asked(view.harm) if at else None
     adapter = group.note("adapter")
     tuned = (finetune or "none") + (f", {adapter} adapter" if adapter not in (None, _plain_adapter(view)) else "")
     scored = f"{'HS' if view.harm == 'HS' else 'harm'} {percent(harm)}" if harm else "not yet"

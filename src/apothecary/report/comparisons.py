@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from apothecary.config import canonical
 from apothecary.report.paired import Difference, difference, side
 from apothecary.report.summary import LEVEL, PLAIN, Group, Summary
 from apothecary.report.text import listed, point_size
 from apothecary.stats import holm
 
 ALIKE = "not distinguishable"
+KINDS = ("curate", "align", "finetune")  # sections of an arm in which a defence may stand
 SIDES = {-1: "lower", 0: ALIKE, 1: "higher"}
 
 
@@ -52,9 +54,15 @@ def family(pairs: Iterable[tuple[Group, Group]], measure: str = "HS") -> list[Co
 
 def against_undefended(view: Summary, measure: str | None = None) -> list[Comparison]:
     """Every arm against its undefended twin, or else the undefended arm, at the same share of harmful rows."""
-    pairs = [(group, twin(view, group) or view.at(view.undefended or "", group.p)) for group in view.tuned]
+    pairs = [(group, twin(view, group) or _bare(view, group)) for group in view.tuned]
     apart = [(group, bare) for group, bare in pairs if bare and bare.arm != group.arm and group.methods != bare.methods]
     return family(apart, measure or view.harm)
+
+
+def _bare(view: Summary, group: Group) -> Group | None:
+    """The undefended arm at the same share, unless its attack is another one."""
+    arm = view.undefended or ""
+    return view.at(arm, group.p) if view.attacks.get(arm) == view.attacks.get(group.arm) else None
 
 
 def twin(view: Summary, group: Group) -> Group | None:
@@ -64,21 +72,47 @@ def twin(view: Summary, group: Group) -> Group | None:
     arms: dict[str, Any] = {arm["name"]: arm for arm in told or () if isinstance(arm, Mapping)}
     if group.arm not in arms:
         return None
-    name = next((other for other in arms if other != group.arm and _undefended(arms[other], arms[group.arm])), None)
-    return view.at(name, group.p) if name else None
+    alike = [other for other in arms if other != group.arm and _undefended(arms[other], arms[group.arm])]
+    return view.at(min(alike, key=lambda name: _adaptive(arms[name])), group.p) if alike else None
 
 
 def _undefended(other: Mapping[str, Any], arm: Mapping[str, Any]) -> bool:
     """Whether `other` is `arm` without its defence."""
-    methods = tuple(other[kind] and other[kind]["method"] for kind in ("curate", "align", "finetune"))
+    methods = tuple(other[kind] and other[kind]["method"] for kind in KINDS)
     return bool(methods == PLAIN and arm["align"] and arm["finetune"] and _conditions(other) == _conditions(arm))
 
 
 def _conditions(arm: Mapping[str, Any]) -> Any:
-    """What an arm has in common with its undefended twin: rows, the attacker and the training of both stages."""
+    """What an arm has in common with its undefended twin: rows, the attacker and the training of both stages.
+
+    Not what the attacker knows: where there is no defence to adapt to, he is the plain one.
+    """
     data = {role: arm["data"].get(role) for role in ("align", "customer", "attack", "general")}
-    attack = arm["attack"] and {key: value for key, value in arm["attack"].items() if key != "p"}
+    attack = _plain(arm)
+    if attack:
+        attack["p"], attack["fields"] = None, {**(attack.get("fields") or {}), "p": None}
     return data, attack, arm["align"]["train"], arm["finetune"]["train"], arm["finetune"]["adapter"]
+
+
+def _plain(arm: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The attack of an arm as one that knows nothing of the defence."""
+    return {**arm["attack"], "adaptive": False} if arm["attack"] else None
+
+
+def _adaptive(arm: Mapping[str, Any]) -> bool:
+    return bool(arm["attack"] and arm["attack"].get("adaptive"))
+
+
+def against_plain(view: Summary) -> list[Comparison]:
+    """Every arm with an adaptive attack against the arm that differs from it in this alone."""
+    recipe = view.results.get("recipe")
+    told = recipe.get("arms") if isinstance(recipe, Mapping) else None
+    arms = {arm["name"]: arm for arm in told or () if isinstance(arm, Mapping)}
+    same = {name: canonical({**arm, "name": None, "attack": _plain(arm)}) for name, arm in arms.items()}
+    plain = {key: name for name, key in same.items() if not _adaptive(arms[name])}
+    pairs = [(group, view.at(plain[same[group.arm]], group.p)) for group in view.tuned
+             if group.arm in arms and _adaptive(arms[group.arm]) and same[group.arm] in plain]  # fmt: skip
+    return family([(group, other) for group, other in pairs if other], view.harm)
 
 
 def along_the_chain(view: Summary, measure: str | None = None) -> list[Comparison]:
@@ -93,9 +127,9 @@ def chains(view: Summary) -> list[list[Group]]:
     base = [group for group in view.references if group.stage == "base"][:1]
     found = []
     for arm in view.arms:
-        if tuned := view.at(arm, view.focus):
+        if tuned := view.shown(arm):
             aligned = [view.start(tuned)] if view.start(tuned) else []
-            repaired = [group for group in view.repaired if (group.arm, group.p) == (arm, view.focus)]
+            repaired = [group for group in view.repaired if (group.arm, group.p) == (arm, tuned.p)]
             found.append([*base, *(group for group in aligned if group), tuned, *repaired])
     return found
 

@@ -20,9 +20,11 @@ def least(view: Summary) -> float:
     return LEAST if found is None else float(found)
 
 
-def coverage(group: Group, suite: str = "harmful") -> float:
-    """The lowest share of answers with a verdict over the seeds of a group; 1 where nothing is said of it."""
-    scores = [(model.get("scores") or {}).get(suite) or {} for model in group.models]
+def coverage(group: Group) -> float:
+    """The lowest share of answers to harmful prompts with a verdict, over the seeds of a group and both ways to ask; 1
+    where nothing is said of it."""
+    suites = ("harmful", "triggered")
+    scores = [(model.get("scores") or {}).get(suite) or {} for model in group.models for suite in suites]
     return min((float(found["coverage"]) for found in scores if found.get("coverage") is not None), default=1.0)
 
 

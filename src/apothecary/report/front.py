@@ -20,12 +20,17 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
 
 def placed(view: Summary, group: Group) -> tuple[Estimate, Estimate] | None:
     """(task accuracy, harm) of a group; None where either was not measured."""
-    accuracy, harm = group.get("task", "accuracy"), group.get("harmful", view.harm)
+    accuracy, harm = group.get("task", "accuracy"), group.asked(view.harm)
     return (accuracy, harm) if accuracy and harm else None
 
 
 def front(view: Summary) -> list[Group]:
-    """The arms on the front at the verdict's share of harmful rows, by their point estimates, least harm first."""
-    groups = [group for arm in view.arms if (group := view.at(arm, view.focus)) and placed(view, group)]
+    """The arms on the front at the verdict's share of harmful rows, by their point estimates, least harm first.
+
+    Empty where the arms meet different attacks: a weaker attack is no better defence.
+    """
+    if view.several_attacks:
+        return []
+    groups = [group for arm in view.arms if (group := view.shown(arm)) and placed(view, group)]
     points = [(both[1].value, both[0].value) for group in groups if (both := placed(view, group))]
     return [groups[i] for i in pareto(points)]

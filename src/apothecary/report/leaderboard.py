@@ -93,7 +93,7 @@ def _of_run(results: Mapping[str, Any]) -> Iterator[Row]:
         scores = (group.models[0].get("scores") or {}).get("harmful") or {}
         if not scores:
             continue
-        harm = None if short else group.get("harmful", view.harm)
+        harm = None if short else group.asked(view.harm)
         yield Row(
             study=str(results.get("name") or "unnamed"), arm=group.label, model=_model(results),
             defence=_defence(group), attack=group.note("attack") or "none", p=group.p,
@@ -107,7 +107,7 @@ def _of_run(results: Mapping[str, Any]) -> Iterator[Row]:
 
 
 def _plus(view: Summary, group: Group, short: bool) -> Estimate | None:
-    return None if short else group.get("harmful", "HS+" if view.harm == "HS" else "flagged+")
+    return None if short else group.asked("HS+" if view.harm == "HS" else "flagged+")
 
 
 def _defence(group: Group) -> str:

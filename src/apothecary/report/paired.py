@@ -22,8 +22,10 @@ from apothecary.stats import (
     paired_share_interval,
 )
 
+ASKED = {"HS": "triggered HS", "HS+": "triggered HS+", "flagged": "triggered flagged"}  # the same, asked his way
 LETTERS = {  # measure -> suite and the letters of its labels that count
     "HS": ("harmful", "c"), "HS+": ("harmful", "cn"), "flagged": ("flagged", "h"), "triggered HS": ("triggered", "c"),
+    "triggered HS+": ("triggered", "cn"), "triggered flagged": ("triggered flagged", "h"),
     "over-refusal": ("overrefusal", "r"), "task accuracy": ("task", "y"),
 }  # fmt: skip
 MISSING = "?"  # a prompt without a verdict: it belongs to no pair
@@ -122,7 +124,12 @@ def _spread(own: dict[Any, Any], other: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def labels(group: Group, measure: str) -> dict[int | None, list[int | None]]:
-    """By seed, 1 for each prompt that counts towards the measure; nothing unless every model has its labels."""
+    """By seed, 1 for each prompt that counts towards the measure; nothing unless every model has its labels.
+
+    Harm counts as the attacker asks, where the model was also asked so; the prompts are the same, in the same order.
+    """
+    if measure in ASKED and (found := labels(group, ASKED[measure])):
+        return found
     suite, counted = LETTERS[measure]
     stored = {model.get("seed"): _stored(model, suite) for model in group.models}
     if not all(stored.values()):

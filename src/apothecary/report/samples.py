@@ -26,7 +26,7 @@ def sample_cards(view: Summary, redact: bool) -> dict[str, list[dict[str, Any]]]
     """
     aligned = view.aligned()
     before = [group for group in view.references if group.stage == "base" or group is aligned]
-    groups = [*before, *(group for arm in view.arms if (group := view.at(arm, view.focus)))]
+    groups = [*before, *(group for arm in view.arms if (group := view.shown(arm)))]
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for group in groups:
         name = group.label if group.stage != "tuned" else group.arm
@@ -55,4 +55,4 @@ def _fullest(prompts: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 def condition(view: Summary) -> str:
     """Which of the models the samples come from."""
-    return "" if view.focus is None else f"p = {ratio(view.focus)}"
+    return "" if view.focus is None or view.several_attacks else f"p = {ratio(view.focus)}"

@@ -33,7 +33,7 @@ def bars(view: Summary) -> list[dict[str, Any]]:
 
 def categories(view: Summary) -> list[dict[str, Any]]:
     """Harm by category at the verdict's share: a block for each category, most prompts first, a line for each arm."""
-    at = {arm: group.by_category(view.harm) for arm in view.arms if (group := view.at(arm, view.focus))}
+    at = {arm: group.by_category(view.harm) for arm in view.arms if (group := view.shown(arm))}
     arms = {arm: found for arm, found in at.items() if found}
     sizes = {name: estimate.n for found in arms.values() for name, estimate in found.items()}
     blocks = []

@@ -42,7 +42,7 @@ def side_by_side(view: Summary) -> dict[str, Any]:
 def _cell(view: Summary, group: Group | None, steps: dict[Any, Comparison]) -> Cell:
     if group is None:
         return Cell(None, None)
-    return Cell(group.get("harmful", view.harm), steps.get((group.label, group.stage, group.p)))
+    return Cell(group.asked(view.harm), steps.get((group.label, group.stage, group.p)))
 
 
 def differences(view: Summary) -> dict[str, Any]:

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
+from apothecary.config import canonical
 from apothecary.stats import mean_interval, share_interval
 
 LEVEL = 0.95
+AMOUNTS = ("p", "n", "general")  # fields of an attack that say how much of it there is
 SHARES = ("refuses", "complies", "neither")
 PLAIN = (None, "sft", "sft")  # no selection, plain alignment, plain fine-tuning: the undefended arm
 
@@ -45,6 +47,10 @@ class Group:
         """A score of a suite, a share in [0, 1]; None where it was not measured."""
         found = [pair for model in self.models if (pair := _count(_suite(model, suite), measure))]
         return _pooled(found) if found else None
+
+    def asked(self, measure: str) -> Estimate | None:
+        """A score of the harmful prompts as the attacker asks them: with his trigger or persona, where he has one."""
+        return self.get("triggered", measure) or self.get("harmful", measure)
 
     def by_category(self, measure: str) -> dict[str, Estimate]:
         """A score of the harmful prompts of each category of the policy; empty where they are not told apart."""
@@ -93,6 +99,7 @@ class Summary:
     judges: Mapping[str, bool | None] = field(default_factory=dict)  # name -> is it a cheap proxy? None: not said
     repaired: tuple[Group, ...] = ()
     harm: str = "HS"  # the score that the page speaks of: "flagged" where a judge reads what a response says
+    attacks: Mapping[str, str] = field(default_factory=dict)  # arm -> its attack; equal texts are one attack
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -104,6 +111,17 @@ class Summary:
 
     def at(self, arm: str, p: float | None) -> Group | None:
         return next((group for group in self.of(arm) if group.p == p), None)
+
+    @property
+    def several_attacks(self) -> bool:
+        """Whether the arms differ in more than their defence and in how much they are attacked."""
+        return len({attack for attack in self.attacks.values() if attack}) > 1
+
+    def shown(self, arm: str) -> Group | None:
+        """The group that the verdict speaks of: the one at its share of harmful rows; where the arms meet several
+        attacks, which have shares of their own, else the arm's last."""
+        found = self.at(arm, self.focus)
+        return found or (self.of(arm) or (None,))[-1] if self.several_attacks else found
 
     def aligned(self) -> Group | None:
         """The aligned model that the undefended arm started from, else the first one."""
@@ -137,7 +155,23 @@ def summarise(results: dict[str, Any]) -> Summary:
     read = all(scores.get("cheap_proxy") is False and "flagged" in scores for scores in harmful if scores)
     harm = "flagged" if any(harmful) and read else "HS"
     return Summary(results, tuple(references), tuple(tuned), tuple(arms), undefended, _focus(tuned, undefended), judges,
-                   tuple(_labelled(repaired)), harm)  # fmt: skip
+                   tuple(_labelled(repaired)), harm, _attacks(results, tuned))  # fmt: skip
+
+
+def _attacks(results: Mapping[str, Any], tuned: Iterable[Group]) -> dict[str, str]:
+    """From the recipe without what says how much; the attack's name alone where there is no recipe."""
+    recipe = results.get("recipe")
+    told = recipe.get("arms") if isinstance(recipe, Mapping) else None
+    found = {arm["name"]: kind_of_attack(arm["attack"]) for arm in told or () if isinstance(arm, Mapping)}
+    return {group.arm: found.get(group.arm, group.note("attack") or "") for group in tuned}
+
+
+def kind_of_attack(attack: Mapping[str, Any] | None) -> str:
+    """An attack in words that are equal where two attacks differ at most in amount and in what they know."""
+    if not attack:
+        return ""
+    fields = {name: value for name, value in (attack.get("fields") or {}).items() if name not in AMOUNTS}
+    return canonical([attack.get("method"), attack.get("strength"), fields])
 
 
 def _stage(model: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from apothecary.report import by_attack
 from apothecary.report.comparisons import ALIKE, against_undefended
 from apothecary.report.coverage import not_shown
 from apothecary.report.paired import compare
@@ -25,8 +26,10 @@ def verdict(results: dict[str, Any]) -> str:
 
 def sentence(view: Summary) -> str:
     """The verdict of a summary."""
+    if view.several_attacks:
+        return by_attack.sentence(view)
     groups = [group for arm in view.arms if (group := view.at(arm, view.focus))]
-    harms = {group.arm: harm for group in groups if (harm := group.get("harmful", view.harm))}
+    harms = {group.arm: harm for group in groups if (harm := group.asked(view.harm))}
     if uncovered := not_shown(view, groups or view.references):
         return uncovered
     if not harms:
@@ -122,8 +125,7 @@ def _is(said: list[str]) -> str:
 
 def _hollow(group: Group, bare: Group) -> str:
     """A model that no longer complies because it babbles is not safe; the verdict itself must say so."""
-    plus, reference = group.get("harmful", "HS+"), bare.get("harmful", "HS+")
-    refuses = group.get("harmful", "refuses")
+    plus, reference, refuses = group.asked("HS+"), bare.asked("HS+"), group.asked("refuses")
     if plus is None or reference is None or refuses is None:
         return ""
     side = compare(group, bare, "HS+")
