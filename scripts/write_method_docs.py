@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from apothecary.registry import EVIDENCE, KINDS, Entry, entries, lookup
-from apothecary.report.summary import PLAIN, Group, summarise
-from apothecary.report.tables import COLUMNS
+from apothecary.report.summary import PLAIN, Group, Summary, summarise
+from apothecary.report.tables import measured
 from apothecary.report.text import NOTHING, number, ratio
 
 ROOT = Path(__file__).parents[1]
@@ -94,19 +94,30 @@ def registered(tree: ast.Module, entry: Entry) -> ast.ClassDef:
     raise LookupError(f"{entry.module} registers no {entry.kind} method {entry.name}")
 
 
-def hyper_parameters(source: str, entry: Entry) -> Iterator[tuple[str, str, str, str]]:
-    """(name, type, default, remark) of each field."""
+def hyper_parameters(entry: Entry) -> Iterator[tuple[str, str, str, str]]:
+    """(name, type, default, remark) of each field, those of the classes that it is made from first."""
+    method, made = lookup(entry.kind, entry.name), {}
+    settable = {field.name for field in fields(method) if field.init}
+    for part in reversed(method.__mro__):
+        if part.__module__.startswith("apothecary.") and part.__module__ != "apothecary.registry":
+            made |= {line[0]: line for line in _own_fields(part) if line[0] in settable}
+    yield from made.values()
+
+
+def _own_fields(part: type) -> Iterator[tuple[str, str, str, str]]:
+    source = Path(str(sys.modules[part.__module__].__file__)).read_text("utf-8")
     tree = ast.parse(source)
     remarks = {token.start[0]: token.string.removeprefix("#").strip()
                for token in tokenize.generate_tokens(io.StringIO(source).readline) if token.type == tokenize.COMMENT
                and not token.string.startswith("# fmt")}  # fmt: skip
-    for node in registered(tree, entry).body:
-        if not isinstance(node, ast.AnnAssign) or "ClassVar" in ast.unparse(node.annotation):
+    node = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == part.__name__)
+    for field in node.body:
+        if not isinstance(field, ast.AnnAssign) or "ClassVar" in ast.unparse(field.annotation):
             continue
-        lines = range(node.lineno, (node.end_lineno or node.lineno) + 1)
+        lines = range(field.lineno, (field.end_lineno or field.lineno) + 1)
         remark = " ".join(remarks[line] for line in lines if line in remarks)
-        default = "required" if node.value is None else ast.unparse(_default(tree, node.value))
-        yield ast.unparse(node.target), ast.unparse(node.annotation), default, remark
+        default = "required" if field.value is None else ast.unparse(_default(tree, field.value))
+        yield ast.unparse(field.target), ast.unparse(field.annotation), default, remark
 
 
 def _default(tree: ast.Module, value: ast.expr) -> ast.expr:
@@ -159,7 +170,7 @@ def recipe(entry: Entry, source: str) -> str:
         return "\n".join([*lines, "evaluate:", f"  judge: {judge}"])
     lines += [f"{entry.kind}:", f"  method: {entry.name}"]
     lines += [f"  keep: {1 if entry.name == 'full' else 0.5}"] if entry.kind == "curate" else []
-    for name, _, default, _ in hyper_parameters(source, entry):
+    for name, _, default, _ in hyper_parameters(entry):
         try:
             value = ast.literal_eval(default)
         except ValueError:
@@ -175,33 +186,38 @@ def recipe(entry: Entry, source: str) -> str:
 def measurements(entry: Entry) -> list[str]:
     """Tables of the committed results in which the method took part, the undefended arm beside it.
 
-    Plain training takes part in nearly all: it has those in which it is alone.
+    Plain training takes part in nearly all: it has those in which it is alone.  An attack has those of several attacks.
     """
-    place = ("curate", "align", "finetune").index(entry.kind) if entry.kind in ("curate", "align", "finetune") else None
+    kinds = ("curate", "align", "finetune")
+    place = kinds.index(entry.kind) if entry.kind in kinds else None
     made = []
     for file in sorted(RESULTS.glob("*.json")):
         results = json.loads(file.read_text("utf-8"))
-        if place is None or not isinstance(results.get("models"), list):
+        if not isinstance(results.get("models"), list):
             continue
         view = summarise(results)
+        if place is None:
+            mine = [group for group in view.tuned if view.several_attacks and group.note("attack") == entry.name]
+            made += [_measured(file, view, mine)] if mine else []
+            continue
         mine = [group for group in view.tuned  # a selector's name is followed by the share that it keeps
                 if (group.methods[place] or "").partition(" ")[0] == entry.name
                 and (entry.name != "sft" or group.methods == PLAIN)]  # fmt: skip
         if mine:
             shares = {group.p for group in mine}
             beside = [group for group in view.tuned if group.arm == view.undefended and group.p in shares]
-            made.append(_measured(file, results, [*(g for g in beside if g not in mine), *mine]))
+            made.append(_measured(file, view, [*(g for g in beside if g not in mine), *mine]))
     return made
 
 
-def _measured(file: Path, results: dict[str, Any], groups: list[Group]) -> str:
-    columns = [c for c in COLUMNS if any(group.get(c.suite, c.measure) for group in groups)]
+def _measured(file: Path, view: Summary, groups: list[Group]) -> str:
+    columns = [c for c in measured(view) if any(group.get(c.suite, c.measure) for group in groups)]
     rows = [["arm", "p", "seeds", *(c.title for c in columns)]]
     for group in groups:
         found = [group.get(c.suite, c.measure) for c in columns]
         cells = [NOTHING if e is None else f"{number(e.value)} [{100 * e.low:.0f}, {100 * e.high:.0f}]" for e in found]
-        rows.append([group.arm, ratio(group.p), str(group.seeds), *cells])
-    link = f"[{results.get('name') or file.stem}](../../{file.relative_to(ROOT)})"
+        rows.append([group.arm, NOTHING if group.p is None else ratio(group.p), str(group.seeds), *cells])
+    link = f"[{view.results.get('name') or file.stem}](../../{file.relative_to(ROOT)})"
     return f"{link}, percent with 95 % intervals:\n\n{table(rows)}"
 
 
@@ -238,7 +254,7 @@ def part(entry: Entry, heading: str) -> Iterator[str]:
     if cost:
         yield "**Cost.** " + _escaped(" ".join(cost))
     yield from remarks
-    if fields := list(hyper_parameters(source, entry)):
+    if fields := list(hyper_parameters(entry)):
         yield table([["Setting", "Type", "Default", ""], *([f"`{n}`", f"`{t}`", f"`{d}`", _escaped(r)]
                                                               for n, t, d, r in fields)])  # fmt: skip
     yield "```yaml\n" + recipe(entry, source) + "\n```"
