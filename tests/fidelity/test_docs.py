@@ -61,7 +61,7 @@ def test_the_recipe_of_a_page_is_one(docs, entry):
     found = yaml.safe_load(docs.recipe(entry, docs.source_of(entry)))
     section = getattr(Recipe.parse(found).arms[0], entry.kind, None)
     assert entry.kind == "judge" or section.method == entry.name
-    for name, kind, default, remark in docs.hyper_parameters(docs.source_of(entry), entry):
+    for name, kind, default, remark in docs.hyper_parameters(entry):
         assert default and (remark or kind.startswith("Literal")), f"{entry.name}.{name}: no remark behind its default"
 
 
