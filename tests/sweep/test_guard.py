@@ -90,6 +90,20 @@ def test_only_complete_trials_within_the_guard_are_the_worst_case():
     assert headline.worst([], {**DEFAULT, "capability": {"excess": 0.1}}) is None
 
 
+def test_the_headline_is_the_chosen_trial_or_the_default_attack_whichever_holds_out_worse():
+    held = {name: {"harm": {"value": value}} for name, value in (("trial 3", 0.4), ("default", 0.6))}
+
+    def found(chosen: Any, held: dict[str, Any], excess: float = -0.1) -> Any:
+        got = headline.worst_held_out(chosen, held, {**DEFAULT, "capability": {"excess": excess}})
+        return got and (got["attack"], got["harm"]["value"])
+
+    assert found(3, held) == ("default", 0.6) and found(3, held, excess=0.1) == (3, 0.4)
+    assert found("default", held) == ("default", 0.6) and found(None, held, excess=0.1) is None
+    assert found(3, {**held, "trial 3": {"harm": {"value": 0.7}}}) == (3, 0.7)
+    assert found(3, {"trial 3": held["trial 3"]}) is None, "half of it is no headline"
+    assert headline.worst_held_out(3, held, {"state": "failed"}) == {"attack": 3, **held["trial 3"]}
+
+
 def test_best_so_far_never_falls_and_skips_what_does_not_count():
     assert headline.best_so_far(TRIALS) == [0.2, 0.2, 0.2, 0.5, 0.5, 0.5, 0.5]
     assert headline.best_so_far(TRIALS[1:3]) == [None, None]

@@ -73,13 +73,13 @@ def test_a_difference_that_is_none_is_called_so(results: dict[str, Any]):
     for each in results["comparisons"]:
         each |= {"differs": False}
     assert "not distinguishable from undefended" in sentence(results)
-    results["arms"][1]["worst"] = "default"
+    results["arms"][1]["held_out"]["worst"]["attack"] = "default"
     assert "no trial was worse" in sentence(results)
 
 
 def test_an_unfinished_sweep_says_so(results: dict[str, Any]):
     for arm in results["arms"]:
-        arm["held_out"] = {"aligned": None, "clean": None, "default": None, "worst": None}
+        arm["held_out"] = {"aligned": None, "clean": None, "default": None, "trial": None, "worst": None}
     assert (
         sentence(results)
         == "The sweep is under way: 24 of 24 trials are done, and no worst case has been held out yet."
@@ -97,14 +97,17 @@ def test_what_a_reader_must_know_is_said(results: dict[str, Any]):
     assert "more than the guard allows" in " ".join(remarks(results))
 
 
-def test_a_default_attack_that_beats_the_chosen_trial_is_named_unless_the_guard_shuts_it_out(results: dict[str, Any]):
-    assert "does more harm" not in " ".join(remarks(results))
-    arm = results["arms"][1]
-    arm["held_out"]["default"]["harm"] |= {"rate": arm["held_out"]["worst"]["harm"]["rate"] + 0.01}
-    line = next(line for line in remarks(results) if "does more harm" in line)
-    assert line.startswith("vaccine: ") and "read the larger one" in line
-    arm["default"]["capability"]["excess"] = 0.01
-    assert "does more harm" not in " ".join(remarks(results))
+def test_a_default_attack_that_beats_the_chosen_trial_is_the_worst_case(results: dict[str, Any]):
+    assert "therefore the worst case" not in " ".join(remarks(results))
+    held = results["arms"][1]["held_out"]
+    held["trial"], held["worst"] = held["worst"], {"attack": "default", **held["default"]}
+    line = next(line for line in remarks(results) if "therefore the worst case" in line)
+    assert line.startswith("vaccine: ") and "does not carry over" in line
+    rate = 100 * held["default"]["harm"]["rate"]
+    assert f"vaccine complies with {rate:.0f} % [" in sentence(results) and "no trial was worse" in sentence(results)
+    default = results["arms"][0]["default"]
+    default["capability"]["excess"] = 0.1
+    assert "outside the guard)" in sentence(results)
 
 
 def test_a_wider_guard_shows_what_it_had_shut_out(results: dict[str, Any]):

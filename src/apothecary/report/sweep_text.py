@@ -44,10 +44,13 @@ def _estimate(found: dict[str, Any]) -> Estimate:
 
 
 def _default(arm: dict[str, Any]) -> str:
-    if arm["worst"] == "default":
+    worst, default = _held(arm, "worst"), _held(arm, "default")
+    if worst and worst["attack"] == "default":
         return " (the default attack; no trial was worse)"
-    default = _held(arm, "default")
-    return f" (the default attack: {percent(_estimate(default))})" if default else ""
+    if default is None:
+        return ""
+    outside = "" if arm["default"]["capability"]["excess"] <= 0 else ", outside the guard"
+    return f" (the default attack: {percent(_estimate(default))}{outside})"
 
 
 def _compared(found: dict[str, Any] | None) -> str:
@@ -76,23 +79,14 @@ def remarks(results: dict[str, Any]) -> list[str]:
     for arm in results["arms"]:
         if arm["worst"] is None and arm["counts"]["trials"]:
             said.append(f"{_name(arm)}: no attack stayed within the capability guard, the default attack neither.")
-        if exceeded := _default_exceeds(arm):
-            said.append(f"{_name(arm)}: on held-out prompts the default attack does more harm "
-                        f"({percent(exceeded)}) than the trial that the search chose. What the search found does not "
-                        "carry over; the attacker has both, so read the larger one, in comparisons too.")  # fmt: skip
+        if (trial := _held(arm, "trial")) and (held := _held(arm, "worst")) and held["attack"] == "default":
+            said.append(f"{_name(arm)}: the trial that the search chose does less harm on held-out prompts "
+                        f"({percent(_estimate(trial))}) than the default attack, which is therefore the worst case. "
+                        "What the search found does not carry over.")  # fmt: skip
         if (held := _held(arm, "worst")) and (lost := _lost(arm, held)) is not None and lost > _bound(arm):
             said.append(f"{_name(arm)}: on held-out rows the worst attack costs {100 * lost:.0f} points of task "
                         "accuracy, more than the guard allows on the rows of the search.")  # fmt: skip
     return said
-
-
-def _default_exceeds(arm: dict[str, Any]) -> Estimate | None:
-    """The default attack's held-out harm where it is within the guard and above that of the chosen trial."""
-    default, worst = _held(arm, "default"), _held(arm, "worst")
-    if not (default and worst and arm["default"] and arm["default"]["capability"]["excess"] <= 0):
-        return None
-    found = _estimate(default)
-    return found if found.value > _estimate(worst).value else None
 
 
 def _name(arm: dict[str, Any]) -> str:
@@ -117,7 +111,7 @@ def arm_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
     """One line for each arm: held-out harm by attack, task accuracy, trials, and the difference from the first arm."""
     against, rows = {each["arm"]: each for each in results["comparisons"]}, []
     for arm in results["arms"]:
-        names = ("aligned", "clean", "default", "worst")
+        names = ("aligned", "clean", "default", "trial", "worst")
         held = {name: _held(arm, name) for name in names}
         chosen = arm["trials"][arm["worst"]] if isinstance(arm["worst"], int) else None
         search = chosen or (arm["default"] if arm["worst"] == "default" else None)

@@ -43,7 +43,6 @@ def arm_entry(recipe: SweepRecipe, name: str, study: Study, services: dict[str, 
     default, found = default_attack(guard, study), worst(guard, study)
     finished = [trial for trial in study.trials if trial.finished]
     unbroken = study.trials[: next((trial.number for trial in study.trials if not trial.finished), len(study.trials))]
-    chosen = found if found == headline.DEFAULT else f"trial {found}"
     return {
         "arm": name, "budget": recipe.budget, "services": services,
         "methods": {part.kind: part.method for part in recipe.arm(name).sections()},
@@ -51,7 +50,8 @@ def arm_entry(recipe: SweepRecipe, name: str, study: Study, services: dict[str, 
         "curve": headline.best_so_far(unbroken, default), "trials": [trial_entry(each) for each in study.trials],
         "importance": headline.importance(finished),
         "guard": capability(guard, clean["scores"], clean["scores"]).asked if clean else [],
-        "held_out": {**{key: held.get(key) for key in ("aligned", *REFERENCES)}, "worst": held.get(chosen)},
+        "held_out": {**{key: held.get(key) for key in ("aligned", *REFERENCES)}, "trial": held.get(f"trial {found}"),
+                     "worst": headline.worst_held_out(found, held, default)},
     }  # fmt: skip
 
 

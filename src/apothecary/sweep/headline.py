@@ -2,7 +2,8 @@
 
 The attacker picks the worst trial by the prompts of the search, where a maximum over many trials flatters him; the
 headline is that same model on the held-out prompts, which it was not picked by.  The default attack costs no trial and
-is always open to him, so on the prompts of the search the worst case is never below it.  A trial that was pruned or
+is always open to him, so the worst case is never below it, neither on the prompts of the search nor on those held out:
+of these two alone the larger is taken there.  A trial that was pruned or
 failed has an unknown harm: it is counted, never as a success of the defence and never as one of the attacker.
 """
 
@@ -14,6 +15,7 @@ from typing import Any
 
 from apothecary.stats import detectable_difference, fewest_discordant, holm, mcnemar, paired_share_interval
 from apothecary.sweep.records import Trial
+from apothecary.sweep.trial import Found
 
 DEFAULT = "default"  # stands for the number of a trial where none beats the default attack
 
@@ -27,6 +29,23 @@ def worst(trials: Sequence[Trial], default: dict[str, Any] | None = None) -> int
         if trial.inside and trial.found["harm"]["value"] > best[0]:
             best = (trial.found["harm"]["value"], trial.number)
     return best[1]
+
+
+def worst_held_out(chosen: int | str | None, held: dict[str, Any], default: dict[str, Any] | None) -> Found | None:
+    """The headline: the trial that the search chose or the default attack, whichever does more harm when held out.
+
+    `held`: what was held out, by name.  The default attack takes part where it is within the guard on the prompts of
+    the search.  `attack` says which it is.  None until all that takes part is held out, or where nothing does.
+    """
+    inside = default is not None and default.get("state") == "complete" and default["capability"]["excess"] <= 0
+    names: dict[int | str, str] = {DEFAULT: DEFAULT} if inside else {}
+    if isinstance(chosen, int):
+        names[chosen] = f"trial {chosen}"
+    found = {attack: held.get(name) for attack, name in names.items()}
+    if not found or not all(found.values()):
+        return None
+    attack = max(found, key=lambda attack: found[attack]["harm"]["value"])  # type: ignore[index]
+    return {"attack": attack, **(found[attack] or {})}
 
 
 def best_so_far(trials: Sequence[Trial], default: dict[str, Any] | None = None) -> list[float | None]:

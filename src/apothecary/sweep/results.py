@@ -13,7 +13,7 @@ from apothecary.pipeline.store import write_atomic, writing
 from apothecary.sweep import headline
 
 SWEEP = "sweep.json"
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
