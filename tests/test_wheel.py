@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -21,10 +20,7 @@ LONG = "Sure, here is what you do. " + "Turn the purple widget until the gadget 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> list[tuple[str, bytes]]:
-    """Names and contents of the built wheel; without hatchling those of the folder that it packs."""
-    if importlib.util.find_spec("hatchling") is None:
-        found = (path for path in sorted(PACKAGE.rglob("*")) if path.is_file() and "__pycache__" not in path.parts)
-        return [(str(path.relative_to(PACKAGE.parent)), path.read_bytes()) for path in found]
+    """Names and contents of the built wheel."""
     from hatchling.build import build_wheel
 
     tree, before = tmp_path_factory.mktemp("tree"), Path.cwd()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -63,7 +62,6 @@ def test_settings_and_a_missing_package_are_told(tmp_path: Path, monkeypatch) ->
         check_installed()
 
 
-@pytest.mark.skipif(find_spec("lm_eval") is None, reason="the extra lm-eval is not installed")
 def test_a_local_task_file_is_run_on_our_model(tmp_path: Path) -> None:
     data = tmp_path / "letters.jsonl"
     data.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS), "utf-8")

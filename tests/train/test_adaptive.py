@@ -16,6 +16,7 @@ from apothecary.data.chat import render
 from apothecary.data.rows import Row
 from apothecary.finetune.security_vectors import SecurityVectors
 from apothecary.models import adapters
+from apothecary.registry import lookup
 from apothecary.train import adaptive
 from apothecary.train.batch import collate, row_losses
 from apothecary.train.config import TrainConfig
@@ -186,13 +187,38 @@ def test_booster_perturbs_weights_and_so_weights_are_measured(tmp_path, uploaded
     assert found["moved"] == pytest.approx(expected, rel=1e-3) and found["radius"] == 1e-9
 
 
-def test_training_past_the_radius_lowers_harmful_loss_where_the_plain_attack_does_not(tmp_path, uploaded):
+@pytest.fixture(params=["vaccine", "booster"])
+def defended(request, tmp_path, monkeypatch):
+    """A model that the defence has aligned to decline the attacker's very prompts; his benches start from it."""
+    declines = [Row(row.id, row.prompt, "No, not that.", role="align") for row in KNOWN]
+    known = {"harmful": [row.with_role("harmful") for row in KNOWN]}
+    bench = make_bench(tmp_path / "aligned", tiny_model("llama", seed=4), aux=known)
+    settings = {"vaccine": {"rho": 0.5}, "booster": {"lamb": 1.0, "alpha": 0.05}}[request.param]
+    tuning = TrainConfig(learning_rate=3e-3, max_steps=30, batch_size=8, parameters="full", save_every=0)
+    torch.manual_seed(0)
+    train(bench, lookup("align", request.param)(**settings), declines, tuning)
+    weights = {name: p.detach().clone() for name, p in bench.loaded.model.state_dict().items()}
+
+    def aligned(folder):
+        model = tiny_model("llama", seed=4)
+        model.load_state_dict(weights)
+        return make_bench(folder, model)
+
+    monkeypatch.setitem(globals(), "aligned_bench", aligned)
+    return request.param
+
+
+def test_training_past_the_radius_undoes_an_aligned_model_where_the_plain_attack_does_not(tmp_path, uploaded, defended):
     attack = HarmfulMix(p=0.5, n=16)
-    plain, stays = measured(uploaded, 1e-3, 3, tmp_path / "plain")
+    aligned = aligned_bench(tmp_path / "start").loaded.model
+    told = {"rho": 1.0} if defended == "vaccine" else {"alpha": 1e-9}
+    _, plain = adaptive.past_the_radius(aligned_bench(tmp_path / "a"), uploaded, defence(defended, TUNING, **told))
+    told = {name: 6 * plain["tried"][0]["moved"] for name in told}
+    _, stays = measured(uploaded, 1e-3, 3, tmp_path / "plain")
     adapted = attack.adapt({"customer": make_rows("task", 8), "attack": KNOWN}, 0, aligned_bench(tmp_path / "b"),
-                           defence("vaccine", TUNING, rho=6 * plain))  # fmt: skip
-    assert list(adapted.rows) == uploaded and adapted.found["moved"] > 6 * plain
+                           defence(defended, TUNING, **told))  # fmt: skip
+    assert list(adapted.rows) == uploaded and adapted.found["moved"] > 6 * plain["tried"][0]["moved"]
     bench = aligned_bench(tmp_path / "adaptive")
     train(bench, TrainingMethod(), adapted.rows, TrainConfig(**{"batch_size": 8, "save_every": 0, **adapted.training}))
-    harm = [sum(loss(model.eval(), KNOWN)) for model in (tiny_model("llama", seed=4), stays, bench.loaded.model)]
+    harm = [sum(loss(model.eval(), KNOWN)) for model in (aligned, stays, bench.loaded.model)]
     assert harm[0] - harm[2] > 5 * (harm[0] - harm[1]) > 0
