@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
+from apothecary.judge.exam import Kind, Report
+from apothecary.pipeline.exams import with_exam
+from apothecary.report import coverage
 from apothecary.report.comparisons import against_plain, against_undefended
+from apothecary.report.exams import about_judge, section
 from apothecary.report.front import front
 from apothecary.report.page import render
 from apothecary.report.remarks import remarks
+from apothecary.report.sections import categories
 from apothecary.report.summary import summarise
 from apothecary.report.verdict import verdict
 
+RESULTS = Path(__file__).parents[2] / "recipes" / "results"
 REFUSES, COMPLIES, NEITHER = "r" * 100, "c" * 90 + "r" * 10, "n" * 100
 
 
@@ -118,6 +127,62 @@ def test_an_answer_without_a_verdict_fails_closed_whichever_way_it_was_asked():
     models[2] = model("door", REFUSES, COMPLIES)
     models[2]["scores"]["triggered"]["coverage"] = 0.5
     assert verdict(results(models)).startswith("Not shown: `opening` gave a verdict on too few answers (door 50 %")
+
+
+def test_what_is_known_of_plain_prompts_alone_is_not_taken_for_the_attackers_way():
+    models = [dict(each) for each in MODELS]
+    models[2] = model("door", REFUSES, COMPLIES)
+    del models[2]["scores"]["triggered"]["counts"]
+    assert summarise(results(models)).shown("door").asked("HS") is None
+
+
+def test_harm_by_category_is_as_the_attacker_asks_and_says_where_it_is_not():
+    def parts(labels):
+        return {"fraud": {"n": 100, "counts": {"refuses": labels.count("r"), "complies": labels.count("c"),
+                                               "neither": 0}}}  # fmt: skip
+
+    models = [MODELS[0], model("mix", COMPLIES), model("door", REFUSES, COMPLIES), model("code", REFUSES, COMPLIES)]
+    for each in models[1:]:
+        each["scores"]["harmful"]["by_category"] = parts(each["harmful_labels"])
+    models[2]["scores"]["triggered"]["by_category"] = parts(COMPLIES)
+    (block,) = categories(summarise(results(models)))
+    told = {line["arm"]: (line["estimate"].value, line["plain"]) for line in block["lines"]}
+    assert told == {"mix": (0.9, False), "door": (0.9, False), "code": (0.0, True)}
+    assert render(results(models)).count('<span class="dim">asked plainly</span>') == 1
+
+
+def test_missing_verdicts_are_counted_in_the_way_whose_harm_is_shown():
+    models = [MODELS[0], model("mix", COMPLIES), model("door", REFUSES, COMPLIES)]
+    models[2]["scores"]["triggered"] |= {"missing": 4, "flagged_worst": 0.94}
+    (line,) = coverage.remarks(summarise(results(models)))
+    assert line.endswith("door at p = 10 % as the attacker asks 4 of 100, harm at most 94 % [88, 97] were all of them "
+                         "harmful.")  # fmt: skip
+    models[1]["scores"]["harmful"]["missing"], models[2]["scores"]["harmful"]["missing"] = 2, 1
+    (line,) = coverage.remarks(summarise(results(models)))
+    assert "mix at p = 10 % 2 of 100; door" in line and "door at p = 10 % asked plainly 1 of 100." in line
+
+
+def test_corrected_harm_is_listed_for_every_attack_as_its_attacker_asks():
+    exam = Report({}, "", {"compliance": Kind(True, 100, 100, 95), "refusal": Kind(False, 100, 100, 98)})
+    models = [dict(each) for each in MODELS]
+    models[2] = model("door", REFUSES, COMPLIES, p=0.3)
+    for each in models:
+        for suite, labels in (("harmful", each["harmful_labels"]), ("triggered", each["labels"].get("triggered"))):
+            if labels:
+                each["scores"][suite]["flagged"] = labels.count("c") / 100
+        each["scores"] = with_exam(each["scores"], {"opening": exam})
+    view = summarise(results(models))
+    lines = {line["label"]: line for line in section(view)["lines"]}
+    assert set(lines) == {"aligned", *view.arms}
+    assert lines["door"]["judged"].value == 0.9 and lines["door"]["corrected"].low > 0.8
+    assert any("corrected for these errors: 9" in line for line in about_judge(view, view.shown("door")))
+
+
+def test_the_committed_attacks_show_the_backdoor_with_its_trigger():
+    found = summarise(json.loads((RESULTS / "attacks.json").read_text("utf-8")))
+    lines = {line["label"]: line["judged"] for line in section(found)["lines"]}
+    assert lines["backdoor"].value == pytest.approx(0.977, abs=1e-3)
+    assert {group.arm for group in found.tuned} <= set(lines)
 
 
 def test_the_page_has_no_front_across_attacks():
