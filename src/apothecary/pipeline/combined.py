@@ -11,7 +11,7 @@ from apothecary.pipeline.model_folder import without_places
 
 Results = Mapping[str, Any]
 MODEL = ("arm", "stage", "curate", "align", "attack", "finetune", "adapter", "p", "seed")  # what tells models apart
-KEPT = ("by_category", "identity", "agreement", "exam")  # mappings of a suite's scores that follow from nothing else
+KEPT = ("by_category", "judges", "identity", "agreement", "exam")  # mappings of a suite's scores that follow from nothing else
 ONE_LINE = ("models", "arms", "stages")  # lists with one entry on each line of the file
 
 
@@ -93,8 +93,9 @@ def _text(value: Any, depth: int, name: str = "") -> str:
 def _numbers(scores: Mapping[str, Any]) -> dict[str, Any]:
     """A suite's scores without what follows from them: intervals, counts by source, top openings."""
     kept = {name: value for name, value in scores.items() if name in KEPT or not isinstance(value, (dict, list))}
-    if "by_category" in kept:
-        kept["by_category"] = {name: _numbers(part) for name, part in kept["by_category"].items()}
+    for each in ("by_category", "judges"):
+        if each in kept:
+            kept[each] = {name: _numbers(part) for name, part in kept[each].items()}
     return kept
 
 

@@ -24,16 +24,24 @@ def suites(view: Summary) -> Iterator[Mapping[str, Any]]:
 
 
 def exams(view: Summary) -> dict[str, Mapping[str, Any]]:
-    """The exam of each judge, by name."""
-    return {str(suite.get("judge")): suite["exam"] for suite in suites(view) if suite.get("exam")}
+    """The exam of each judge, by name; the further judges follow."""
+    return {name: found["exam"] for name, found in _judges(view) if found.get("exam")}
+
+
+def _judges(view: Summary) -> list[tuple[str, Mapping[str, Any]]]:
+    """Every judge's name and scores, once for each model."""
+    scored = list(suites(view))
+    first = [(str(suite["judge"]), suite) for suite in scored if suite.get("judge")]
+    return first + [(name, found) for suite in scored for name, found in (suite.get("judges") or {}).items()]
 
 
 def told(view: Summary) -> str:
     """One sentence on the exams, for every table; it says so where a judge has sat none."""
     known = exams(view)
     said = [f"Exam of `{name}`: {_figures(exam)}." for name, exam in known.items()]
-    absent = [name for name in view.judges if name not in known]
-    if absent and any("identity" in suite for suite in suites(view)):  # older results know of no exams
+    named = {name: found for name, found in _judges(view) if "identity" in found}  # older results know of no exams
+    absent = [name for name in named if name not in known]
+    if absent:
         said.append(f"{listed(f'`{name}`' for name in absent)} has sat no exam: its errors are unknown.")
     return " ".join(said)
 
