@@ -105,6 +105,34 @@ def test_what_is_no_run_is_named_or_left_out(tmp_path):
     assert "No tuned model was found" in render(found)
 
 
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        ('{"kind": "sweep"}', "its arms are none, expected a list"),
+        ('{"kind": "sweep", "arms": [{"name": "a"}]}', 'its arms are [{"name": "a"}]'),
+        ('{"kind": "sweep", "arms": [{"arm": "a", "held_out": 3}]}', "its scores do not have the form"),
+        ('{"models": 3}', "it lists no models"),
+        ('{"models": [3]}', "model 1 is 3, expected a mapping"),
+        ('{"models": [{"arm": "a", "scores": [1]}]}', "the scores of model 1 are [1], expected a mapping"),
+        ('{"models": [{"arm": "a", "p": [0.1]}]}', "p of model 1 is [0.1], expected one value"),
+        ('{"models": [{"arm": "a", "scores": {"harmful": {"n": "x", "HS": 1}}}]}', "its scores do not have the form"),
+    ],
+)
+def test_a_run_or_sweep_of_another_form_is_refused_in_a_sentence(tmp_path, content, wanted, capsys):
+    (tmp_path / "odd.json").write_text(content)
+    assert main(["leaderboard", str(tmp_path / "odd.json"), "--out", str(tmp_path / "page.html")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and "odd.json" in error and wanted in error
+    assert not (tmp_path / "page.html").exists()
+
+
+@pytest.mark.parametrize("content", ['{"models": [3]}', '{"models": [{"scores": {"harmful": 1}}]}'])
+def test_the_page_of_such_a_run_is_refused_too(tmp_path, content, capsys):
+    (tmp_path / "odd.json").write_text(content)
+    assert main(["report", str(tmp_path / "odd.json"), "--out", str(tmp_path / "page.html")]) == 2
+    assert "odd.json is not the results.json of a run" in capsys.readouterr().err
+
+
 def test_the_committed_results_make_a_page(tmp_path, capsys):
     out = tmp_path / "page.html"
     assert main(["leaderboard", str(RESULTS / "curation.json"), str(RESULTS / "security_vectors_claim.json"),

@@ -17,6 +17,7 @@ from apothecary.pipeline.stage import Executor, Record
 from apothecary.pipeline.store import Artifact, now, write_atomic, writing
 
 RESULTS = "results.json"
+TOLD = ("arm", "stage", "curate", "align", "finetune", "attack", "p", "seed")  # what tells models apart
 SAMPLES = {"harmful": 6, "benign": 2, "overrefusal": 2, "task": 2}  # responses shown of each suite, 12 in all
 
 
@@ -44,9 +45,25 @@ def load_result(folder: str | Path) -> Result:
     except (OSError, ValueError) as error:
         reason = (isinstance(error, OSError) and error.strerror) or error
         raise StoreError(f"{path} cannot be read as results ({reason}); give the folder of a finished run") from error
-    if not isinstance(found, dict) or not isinstance(found.get("models"), list):
-        raise StoreError(f"{path} is not the results.json of a run (it lists no models); give the folder of a run")
+    if fault := misread(found):
+        raise StoreError(f"{path} is not the results.json of a run ({fault}); give the folder of a run")
     return Result(found, path.parent)
+
+
+def misread(found: Any) -> str:
+    """Why something read from a file is not the content of results.json; empty where it is."""
+    models = found.get("models") if isinstance(found, dict) else None
+    if not isinstance(models, list):
+        return "it lists no models"
+    for place, model in enumerate(models, 1):
+        if not isinstance(model, dict):
+            return f"model {place} is {json.dumps(model)[:40]}, expected a mapping"
+        scores = model.get("scores") or {}
+        if not isinstance(scores, dict) or not all(each is None or isinstance(each, dict) for each in scores.values()):
+            return f"the scores of model {place} are {json.dumps(scores)[:40]}, expected a mapping for each suite"
+        if wrong := next((name for name in TOLD if isinstance(model.get(name), (list, dict))), None):
+            return f"{wrong} of model {place} is {json.dumps(model[wrong])[:40]}, expected one value"
+    return ""
 
 
 def collect(plan: Plan, executor: Executor, out: Path, done: list[Planned]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from apothecary.errors import StoreError
+from apothecary.pipeline.results import misread
 from apothecary.pipeline.store import write_atomic, writing
 from apothecary.registry import entries
 from apothecary.report import page
@@ -55,7 +56,7 @@ class Row:
 def read(paths: Iterable[Path], strict: bool = True) -> tuple[list[dict[str, Any]], list[Path]]:
     """The contents of runs' and sweeps' JSON files, and the paths of those that are neither.
 
-    Raises StoreError for a file that cannot be read and, if `strict`, for one that is neither.
+    Raises StoreError for a file that cannot be read or shown and, if `strict`, for one that is neither.
     """
     found, others = [], []
     for path in paths:
@@ -66,14 +67,31 @@ def read(paths: Iterable[Path], strict: bool = True) -> tuple[list[dict[str, Any
         except (OSError, ValueError) as error:
             reason = (isinstance(error, OSError) and error.strerror) or error
             raise StoreError(f"{file} cannot be read ({reason}); give folders or files of runs and sweeps") from error
-        known = isinstance(content, dict) and ("models" in content or content.get("kind") == "sweep")
-        if known:
+        if isinstance(content, dict) and ("models" in content or content.get("kind") == "sweep"):
+            if fault := _misread(content):
+                raise StoreError(f"{file} cannot be shown: {fault}; leave it out, or write it again")
             found.append(content)
         elif strict:
             raise StoreError(f"{file} holds neither the models of a run nor the arms of a sweep; leave it out")
         else:
             others.append(path)
     return found, others
+
+
+def _misread(content: Mapping[str, Any]) -> str:
+    """Why the rows of a run or a sweep cannot be made; empty where they can."""
+    if content.get("kind") == "sweep":
+        arms = content.get("arms")
+        if not isinstance(arms, list) or not all(isinstance(arm, dict) and "arm" in arm for arm in arms):
+            got = "none" if arms is None else json.dumps(arms)[:40]
+            return f"its arms are {got}, expected a list of the arms of a sweep, each with its name"
+    elif fault := misread(content):
+        return fault
+    try:
+        rows([content])
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        return f"its scores do not have the form that runs and sweeps write ({type(error).__name__}: {error})"
+    return ""
 
 
 def rows(results: Iterable[Mapping[str, Any]]) -> list[Row]:
