@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 
 from apothecary.judge.exam import Kind, Report
+from apothecary.pipeline.combined import compact
 from apothecary.pipeline.exams import with_exam
 from apothecary.report import coverage
+from apothecary.report.adaptive import learnt
 from apothecary.report.comparisons import against_plain, against_undefended
 from apothecary.report.exams import about_judge, section
 from apothecary.report.front import front
@@ -89,6 +92,55 @@ def test_what_the_sentence_leaves_out_is_remarked():
     assert "gains the attacker nothing measurable: door, vectors, adaptive 0 %" in " ".join(
         remarks(summarise(results(harmless)))
     )
+
+
+def test_a_run_of_one_attack_says_what_knowing_the_defence_gains():
+    """An adaptive arm beside the plain one is no second attack, and yet the page must compare the two."""
+    arms = [arm("mix", "harmful_mix"), arm("held", "harmful_mix", "vectors"),
+            arm("held, adaptive", "harmful_mix", "vectors", adaptive=True)]  # fmt: skip
+    models = [MODELS[0], model("mix", COMPLIES), model("held", REFUSES, finetune="vectors"),
+              model("held, adaptive", COMPLIES, finetune="vectors")]  # fmt: skip
+    view = summarise(results(models, arms))
+    assert not view.several_attacks
+    assert "Knowing the defence gains the attacker: held, adaptive 90 % [83, 94] for 0 % [0, 4]." in remarks(view)
+    alone = remarks(summarise(results([*models[:2], models[3]], [arms[0], arms[2]])))
+    assert "cannot be said of held, adaptive: no arm was evaluated that differs in this alone." in " ".join(alone)
+    assert not any("Knowing the defence" in line or "cannot be said of" in line
+                   for line in remarks(summarise(results(models[:3], arms[:2]))))  # fmt: skip
+
+
+def radius(training, moved, past, tried=((1e-3, 6.0, 1.5), (3e-3, 6.0, 2.5))):
+    points = [{"learning_rate": rate, "epochs": epochs, "moved": d} for rate, epochs, d in tried]
+    return {"adapted": {"radius": 2.0, "moved": moved, "past": past, "tried": points, "training": training}}
+
+
+@pytest.mark.parametrize(("model", "words"), [
+    (radius({"learning_rate": 3e-3, "epochs": 6.0}, 2.5, True),
+     "trained with 3 times the learning rate, past the radius (moved 2.5, radius 2)"),
+    (radius({}, 5.0, True, [(1e-3, 6.0, 5.0)]),
+     "trained as the plain attacker, who is past the radius already (moved 5, radius 2)"),
+    (radius({"learning_rate": 1e-2, "epochs": 18.0}, 1.9, False, [(1e-3, 6.0, 0.1), (1e-2, 18.0, 1.9)]),
+     "trained with 10 times the learning rate and 3 times the epochs, the furthest of 2 trainings that were tried, "
+     "and stayed within the radius (moved 1.9, radius 2)"),
+    (radius({}, -math.inf, False, [(1e-3, 6.0, None)]), "trained as the plain attacker, all that was tried, and "
+     "stayed within the radius (moved unknown, radius 2)"),
+    ({"adapted": {"candidates": 500, "loss_of_candidates": 1.31, "loss_of_uploaded": 2.125, "training": {}}},
+     "uploaded rows that the vectors miss most, 2.12 nats per token under them (1.31 over all 500 candidates)"),
+    ({"adapted": {"odds_before": 3.0, "odds": -2.0, "kl": 0.1, "layer": 3}},
+     "took a direction out of the released weights that lowers the log odds of a refusal from 3 to -2"),
+    ({"adapted": None}, ""), ({}, ""),
+])  # fmt: skip
+def test_what_an_attacker_who_adapts_found_is_told_in_words(model, words):
+    assert learnt(model) == words
+
+
+def test_what_the_adaptive_attackers_found_stands_on_the_page():
+    found = MODELS[-1] | radius({"learning_rate": 3e-3, "epochs": 6.0}, 2.5, True)
+    whole = results([*MODELS[:-1], found])
+    kept = compact({**whole, "stages": [], "name": "", "created": "", "versions": {}})
+    for each in (whole, kept):
+        assert any(line.startswith("What the attackers who know the defence did: door, vectors, adaptive: trained "
+                                   "with 3 times the learning rate, past") for line in remarks(summarise(each)))  # fmt: skip
 
 
 def test_what_a_defence_costs_is_held_against_its_twin():

@@ -22,7 +22,8 @@ NEEDED: Mapping[str, Mapping[str, Any]] = {
     "lm_eval": {"id": str, "source": str, "filter": str, "metrics": dict},
 }
 ALLOWED = {"verdicts": dict, "reasons": dict, "categories": dict, "category": str}  # checked where they are there
-WORDS: Mapping[Any, str] = {str: "text", list: "a list", dict: "a mapping", int: "a whole number", (int, float): "a number"}
+WORDS: Mapping[Any, str] = {str: "text", list: "a list", dict: "a mapping", int: "a whole number",
+                            (int, float): "a number"}  # fmt: skip
 SHOWN = 40  # characters of what is wrong
 
 

@@ -106,6 +106,7 @@ def _model(planned: Planned, executor: Executor, known: Mapping[str, Any]) -> di
     model = planned.model or planned.evaluation
     found = executor.store.find(model.kind, model.key)
     attack = planned.attack and executor.store.find("attack", planned.attack.key)
+    adaptive = bool(arm and arm.adapts and planned.stage == "tuned")
     return {
         "arm": planned.arm,
         "stage": planned.stage,
@@ -114,7 +115,8 @@ def _model(planned: Planned, executor: Executor, known: Mapping[str, Any]) -> di
         "adapter": arm.finetune.adapter if arm and arm.finetune and planned.stage == "tuned" else None,
         "curate": f"{arm.curate.method} {arm.curate.keep:.0%}".replace("%", " %") if arm and arm.curate else None,
         "attack": arm.attack.method if arm and arm.attack and planned.stage == "tuned" else None,
-        "adaptive": bool(arm and arm.adapts and planned.stage == "tuned"),
+        "adaptive": adaptive,
+        "adapted": _adapted(attack, found) if adaptive else None,
         "p": planned.p,
         "seed": planned.seed,
         "scores": exams.with_exam(_scores(evaluation), known),
@@ -126,6 +128,16 @@ def _model(planned: Planned, executor: Executor, known: Mapping[str, Any]) -> di
         "labels": _letters(evaluation),
         "samples": _samples(evaluation),
     }
+
+
+def _adapted(upload: Artifact | None, released: Artifact | None) -> dict[str, Any] | None:
+    """What an attacker who knows the defence measured, and what he changes of the customer's training; None where
+    there was nothing to adapt to, as at p = 0."""
+    if upload:
+        told = upload.manifest["metrics"]
+        return {**told["adapted"], "training": told["training"]} if "adapted" in told else None
+    told = released.manifest["metrics"] if released and released.kind == "tamper" else {}
+    return {name: value for name, value in told.items() if name != "work"} or None
 
 
 def _summary(artifact: Artifact) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from apothecary.report.comparisons import ALIKE, Comparison, against_plain, against_undefended, family
+from apothecary.report.comparisons import ALIKE, Comparison, against_undefended, family
 from apothecary.report.coverage import not_shown
 from apothecary.report.summary import PLAIN, Group, Summary
 from apothecary.report.text import listed, percent, shorten
@@ -29,9 +29,9 @@ def sentence(view: Summary) -> str:
 
 
 def remarks(view: Summary) -> list[str]:
-    """What the sentence leaves out: what each defence changes and costs, what it was not tried by, what knowing the
-    defence gains an attacker, and models that are no safer for a low number."""
-    return [*_weak(view), *_prices(view), *_adaptive(view), *_broken(view)]
+    """What the sentence leaves out: what each defence was not tried by and costs, and models that are no safer for a
+    low number."""
+    return [*_weak(view), *_prices(view), *_broken(view)]
 
 
 def _shown(view: Summary) -> list[Group]:
@@ -43,11 +43,11 @@ def _services(view: Summary) -> dict[str, list[Comparison]]:
     pairs = [(group, start) for group in _shown(view) if view.attacks.get(group.arm) and (start := view.start(group))]
     found: dict[str, list[Comparison]] = {}
     for each in family(pairs, view.harm):
-        found.setdefault(_defence(each.group), []).append(each)
+        found.setdefault(defence(each.group), []).append(each)
     return dict(sorted(found.items(), key=lambda item: item[0] != ""))
 
 
-def _defence(group: Group) -> str:
+def defence(group: Group) -> str:
     """The methods that are not the plain ones; without fine-tuning there is no method that could defend."""
     apart = [name for name, plain in zip(group.methods, PLAIN, strict=True) if name and name != plain]
     return ", ".join(dict.fromkeys(apart))
@@ -57,12 +57,12 @@ def _service(view: Summary, defence: str, tested: list[Comparison]) -> str:
     """`5 of 14 attacks do measurable harm to the undefended service (...)`."""
     harmed = sorted((each for each in tested if each.side > 0), key=_harm(view), reverse=True)
     where = f"with {defence}" if defence else "to the undefended service"
-    said = [_named(view, each.group) for each in harmed[:NAMED]]
+    said = [named(view, each.group) for each in harmed[:NAMED]]
     if len(harmed) > NAMED:
         said.append(f"{len(harmed) - NAMED} more")
     if not harmed:
         worst = max(tested, key=_harm(view)).group
-        said = [f"the highest is {_named(view, worst)}"]
+        said = [f"the highest is {named(view, worst)}"]
     counted = f"{len(harmed) or 'none'} of {len(tested)} attacks {'does' if len(harmed) < 2 else 'do'} measurable harm"
     return f"{counted} {where} ({listed(said)})"
 
@@ -77,7 +77,7 @@ def _harm(view: Summary) -> Callable[[Comparison], float]:
     return key
 
 
-def _named(view: Summary, group: Group) -> str:
+def named(view: Summary, group: Group) -> str:
     harm = group.asked(view.harm)
     return f"{shorten(group.arm, NAME)} {percent(harm)}" if harm else shorten(group.arm, NAME)
 
@@ -111,16 +111,6 @@ def _below(each: Comparison, suite: str, measure: str) -> bool:
 def _pairs(pairs: list[tuple[Group, Group]], suite: str, measure: str) -> str:
     return listed(f"{shorten(a.arm, NAME)} {percent(ours)} for {percent(theirs)}" for a, b in pairs
                   if (ours := a.get(suite, measure)) and (theirs := b.get(suite, measure)))  # fmt: skip
-
-
-def _adaptive(view: Summary) -> list[str]:
-    """Whether an attacker who has read the defence gains by it."""
-    tested = against_plain(view)
-    gains = [f"{_named(view, each.group)} for {percent(plain)}" for each in tested
-             if each.side > 0 and (plain := each.base.asked(view.harm))]  # fmt: skip
-    rest = [_named(view, each.group) for each in tested if each.side <= 0]
-    said = [f"Knowing the defence gains the attacker: {listed(gains)}."] if gains else []
-    return said + ([f"Knowing the defence gains the attacker nothing measurable: {listed(rest)}."] if rest else [])
 
 
 def _broken(view: Summary) -> list[str]:

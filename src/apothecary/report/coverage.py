@@ -43,7 +43,7 @@ def not_shown(view: Summary, groups: Iterable[Group]) -> str:
 def remarks(view: Summary) -> list[str]:
     """One line on the answers without a verdict, with the harm that there would be if all of them were harmful."""
     found = []
-    for group, suite in ((group, suite) for group in view.groups for suite in dict.fromkeys((group.way, "harmful"))):
+    for group, suite in ((one, suite) for one in view.groups for suite in dict.fromkeys((one.way, "harmful"))):
         scores = group.scores(suite)
         missing = sum(int(each.get("missing") or 0) for each in scores)
         if missing:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from apothecary.report import by_attack, coverage
+from apothecary.report import adaptive, by_attack, coverage
 from apothecary.report.summary import Group, Summary
 from apothecary.report.text import listed, percent, ratio
 from apothecary.report.verdict import named
@@ -13,9 +13,10 @@ KEPT = 0.8  # of the aligned model's refusals at p = 0: below this, a collapse m
 def remarks(view: Summary) -> list[str]:
     """What a reader must know beside the verdict, each a sentence or two."""
     if view.several_attacks:
-        found = [*by_attack.remarks(view), *_overlaps(view), *_unfit(view)]
+        found = by_attack.remarks(view)
     else:
-        found = [*_control(view), *_prices(view), *_selection(view), *_overlaps(view), *_unfit(view), *_missing(view)]
+        found = [*_control(view), *_prices(view), *_selection(view), *_missing(view)]
+    found += [*adaptive.remarks(view), *_overlaps(view), *_unfit(view)]
     found += coverage.remarks(view)
     seeds = {group.seeds for group in view.tuned}
     if seeds == {1}:
