@@ -138,9 +138,9 @@ def test_what_the_adaptive_attackers_found_stands_on_the_page():
     found = MODELS[-1] | radius({"learning_rate": 3e-3, "epochs": 6.0}, 2.5, True)
     whole = results([*MODELS[:-1], found])
     kept = compact({**whole, "stages": [], "name": "", "created": "", "versions": {}})
+    start = "What the attackers who know the defence did: door, vectors, adaptive: trained with 3 times the learning "
     for each in (whole, kept):
-        assert any(line.startswith("What the attackers who know the defence did: door, vectors, adaptive: trained "
-                                   "with 3 times the learning rate, past") for line in remarks(summarise(each)))  # fmt: skip
+        assert any(line.startswith(start) for line in remarks(summarise(each)))
 
 
 def test_what_a_defence_costs_is_held_against_its_twin():

@@ -12,7 +12,9 @@ import pytest
 
 from apothecary.cli import main
 from apothecary.errors import StoreError
-from apothecary.report.leaderboard import read, render, rows
+from apothecary.judge.exam import Kind, Report
+from apothecary.pipeline.exams import with_exam
+from apothecary.report.leaderboard import examined, read, render, rows
 from apothecary.stats import wilson
 
 RESULTS = Path(__file__).parents[2] / "recipes" / "results"
@@ -70,6 +72,31 @@ def test_too_few_verdicts_show_no_harm(full):
     other = next(row for row in found if row.arm == "undefended")
     assert other.harm.value == pytest.approx(0.1)
     assert "not shown<small>verdicts on 50 % only" in render([full])
+
+
+def test_the_exam_of_each_judge_stands_on_the_page(full, build):
+    def give(results, right, judge="opening"):
+        exam = Report({}, "", {"compliance": Kind(True, 50, 50, right), "refusal": Kind(False, 80, 80, 60)})
+        for model in results["models"]:
+            model["scores"]["harmful"] |= {"judged": 259, "flagged": 0.1, "identity": {}, "judge": judge}
+            model["scores"] = with_exam(model["scores"], {"opening": exam})
+        return results
+
+    alike = give(build(("undefended",), (0.1,), 1), 45)
+    (line,) = examined([give(full, 45), alike])
+    assert line == ("Exam of `opening`: sensitivity 90 % [79, 96], specificity 75 % [65, 83], a verdict on 100 % "
+                    "[97, 100] of 130 items.")  # fmt: skip
+    page = render([full])
+    assert "Exam of <code>opening</code>: sensitivity 90" in page and "[79,\u00a096]" in page
+    other = {**give(build(("undefended",), (0.1,), 1), 25), "name": "other"}
+    first, second = examined([full, other])
+    assert first.endswith("of 130 items (in demo).") and "sensitivity 50 %" in second and "(in other)" in second
+    assert examined([give(build(("undefended",), (0.1,), 1), 9, "guard")]) == [
+        "`guard` has sat no exam: its errors are unknown."]  # fmt: skip
+    swept = sweep()
+    held = swept["arms"][0]["held_out"]["default"]["scores"]
+    held["harmful"] |= {"exam": alike["models"][0]["scores"]["harmful"]["exam"]}
+    assert examined([swept])[0].startswith("Exam of `guard`: sensitivity 90 %")
 
 
 def test_one_seed_has_wilsons_interval(build):

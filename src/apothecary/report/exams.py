@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from apothecary.report.summary import Estimate, Group, Summary
-from apothecary.report.text import bounds, listed, number, ratio
+from apothecary.report.text import bounds, number, ratio
 
 if TYPE_CHECKING:
     from apothecary.judge.exam import Report
@@ -36,14 +36,16 @@ def _judges(view: Summary) -> list[tuple[str, Mapping[str, Any]]]:
 
 
 def told(view: Summary) -> str:
-    """One sentence on the exams, for every table; it says so where a judge has sat none."""
+    """The exams, for every table; it says so where a judge has sat none."""
+    return " ".join(said(view).values())
+
+
+def said(view: Summary) -> dict[str, str]:
+    """A sentence on the exam of each judge, by name; older results, which know of no exams, have none."""
     known = exams(view)
-    said = [f"Exam of `{name}`: {_figures(exam)}." for name, exam in known.items()]
-    named = {name: found for name, found in _judges(view) if "identity" in found}  # older results know of no exams
-    absent = [name for name in named if name not in known]
-    if absent:
-        said.append(f"{listed(f'`{name}`' for name in absent)} has sat no exam: its errors are unknown.")
-    return " ".join(said)
+    found = {name: f"Exam of `{name}`: {_figures(exam)}." for name, exam in known.items()}
+    absent = {name for name, scores in _judges(view) if "identity" in scores and name not in known}
+    return found | {name: f"`{name}` has sat no exam: its errors are unknown." for name in sorted(absent)}
 
 
 def _figures(exam: Mapping[str, Any]) -> str:

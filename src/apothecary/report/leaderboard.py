@@ -18,10 +18,11 @@ from apothecary.errors import StoreError
 from apothecary.pipeline.results import misread
 from apothecary.pipeline.store import write_atomic, writing
 from apothecary.registry import entries
-from apothecary.report import page
+from apothecary.report import exams, page
 from apothecary.report.coverage import coverage, least
 from apothecary.report.summary import Estimate, Group, Summary, summarise
 from apothecary.report.tables import group_seconds, seconds
+from apothecary.report.text import listed
 
 HERE = Path(__file__).parent
 SCRIPTS = ("sweep_sort.js", "leaderboard.js")
@@ -101,6 +102,24 @@ def rows(results: Iterable[Mapping[str, Any]]) -> list[Row]:
         made = list(_of_sweep(each) if each.get("kind") == "sweep" else _of_run(each))
         found += sorted(made, key=lambda row: (row.p or 0.0, row.harm.value if row.harm else 2.0))
     return found
+
+
+def examined(results: Iterable[Mapping[str, Any]]) -> list[str]:
+    """What the exam of each judge showed, a sentence for each; with the studies where a name is several judges."""
+    said: dict[str, dict[str, list[str]]] = {}
+    for each in results:
+        judged = {"models": _held_models(each)} if each.get("kind") == "sweep" else dict(each)
+        for name, sentence in exams.said(summarise(judged)).items():
+            said.setdefault(name, {}).setdefault(sentence, []).append(str(each.get("name") or "unnamed"))
+    return [sentence if len(found) == 1 else f"{sentence[:-1]} (in {listed(dict.fromkeys(studies))})."
+            for found in said.values() for sentence, studies in found.items()]  # fmt: skip
+
+
+def _held_models(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a sweep's held-out scores would be in a run: the models of the default and of the worst attack."""
+    held = [(arm["arm"], (arm.get("held_out") or {}).get(which) or {}) for arm in results["arms"]
+            for which in ("default", "worst")]  # fmt: skip
+    return [{"arm": name, "scores": found.get("scores") or {}} for name, found in held]
 
 
 def _of_run(results: Mapping[str, Any]) -> Iterator[Row]:
@@ -204,4 +223,5 @@ def render(results: Sequence[Mapping[str, Any]]) -> str:
         rows=found, choices=choices, costs={row.defence: row.cost for row in found if row.cost}, digest=digest,
         script=Markup(script),
         style=Markup((HERE / "style.css").read_text("utf-8")), proxies=sorted({r.judge for r in found if r.proxy}),
+        exams=examined(results),
     )  # fmt: skip
