@@ -14,14 +14,14 @@ from apothecary.pipeline.combined import compact
 from apothecary.pipeline.exams import with_exam
 from apothecary.report import coverage
 from apothecary.report.adaptive import learnt
-from apothecary.report.comparisons import against_plain, against_undefended
+from apothecary.report.comparisons import against_plain, against_undefended, chains
 from apothecary.report.exams import about_judge, section
 from apothecary.report.front import front
 from apothecary.report.page import render
 from apothecary.report.remarks import remarks
 from apothecary.report.sections import categories
 from apothecary.report.summary import summarise
-from apothecary.report.verdict import verdict
+from apothecary.report.verdict import sentence, verdict
 
 RESULTS = Path(__file__).parents[2] / "recipes" / "results"
 REFUSES, COMPLIES, NEITHER = "r" * 100, "c" * 90 + "r" * 10, "n" * 100
@@ -76,6 +76,28 @@ def test_each_attack_counts_as_the_attacker_asks_and_no_attack_is_taken_for_a_de
     assert said.startswith("Asked as each attacker asks, 2 of 3 attacks do measurable harm to the undefended service (")
     assert "mix 90 % [83, 94] and door 90 % [83, 94]" in said
     assert "1 of 4 attacks does measurable harm with vectors (door, vectors, adaptive 90 % [83, 94])" in said
+
+
+def test_attacks_without_a_model_from_before_them_are_not_said_to_be_missing():
+    said = verdict(results(MODELS[1:4], ARMS[:3]))
+    assert said.startswith("3 attacks were evaluated, asked as each attacker asks (harm: mix 90 % [83, 94], door 90 %")
+    assert said.endswith("there is no model from before the attack to compare with, so whether they do harm cannot be "
+                         "said.")  # fmt: skip
+    assert verdict(results([MODELS[0]], [])) != said
+
+
+def test_an_attack_on_a_base_that_nothing_aligned_is_held_against_the_base():
+    base = {**model("base", REFUSES, stage="base", p=None), "align": None, "finetune": None}
+    bare = [{**deepcopy(each), "align": None} for each in MODELS[1:3]]
+    view = summarise(results([base, *bare], [{**each, "align": None} for each in ARMS[:2]]))
+    assert sentence(view).startswith("Asked as each attacker asks, 2 of 2 attacks do measurable harm")
+    assert [[group.label for group in chain] for chain in chains(view)] == [["base", "mix"], ["base", "door"]]
+
+
+def test_prices_are_those_of_the_shares_that_the_page_speaks_of():
+    low = [model("mix", COMPLIES, p=0.05), model("mix, vectors", REFUSES, finetune="vectors", p=0.05, right=10)]
+    found = " ".join(remarks(summarise(results([*MODELS, *low]))))
+    assert "Task accuracy of the defended arms: not distinguishable" in found
 
 
 def test_a_defence_that_holds_is_shown_with_its_highest_harm():

@@ -24,7 +24,7 @@ def sentence(view: Summary) -> str:
         return uncovered
     said = [_service(view, name, found) for name, found in _services(view).items()]
     if not said:
-        return "No model has been evaluated under attack yet."
+        return _uncompared(view)
     return f"Asked as each attacker asks, {'; '.join(said)}."
 
 
@@ -32,6 +32,19 @@ def remarks(view: Summary) -> list[str]:
     """What the sentence leaves out: what each defence was not tried by and costs, and models that are no safer for a
     low number."""
     return [*_weak(view), *_prices(view), *_broken(view)]
+
+
+def _uncompared(view: Summary) -> str:
+    """Harm alone, where no model from before an attack was evaluated on the same prompts."""
+    attacked = [group for group in _shown(view) if view.attacks.get(group.arm) and group.asked(view.harm)]
+    if not attacked:
+        return "No model has been evaluated under attack yet."
+    most = sorted(attacked, key=lambda group: -_asked(view, group))[:NAMED]
+    which = "the most harmful of them" if len(attacked) > len(most) else "harm"
+    count = f"{len(attacked)} attack{'s were' if len(attacked) > 1 else ' was'} evaluated"
+    return (f"{count}, asked as each attacker asks ({which}: "
+            f"{listed(named(view, group) for group in most)}); there is no model from before the attack to compare "
+            "with, so whether they do harm cannot be said.")  # fmt: skip
 
 
 def _shown(view: Summary) -> list[Group]:
@@ -69,12 +82,12 @@ def _service(view: Summary, defence: str, tested: list[Comparison]) -> str:
 
 def _harm(view: Summary) -> Callable[[Comparison], float]:
     """A key to sort by."""
+    return lambda each: _asked(view, each.group)
 
-    def key(each: Comparison) -> float:
-        harm = each.group.asked(view.harm)
-        return harm.value if harm else -1.0
 
-    return key
+def _asked(view: Summary, group: Group) -> float:
+    harm = group.asked(view.harm)
+    return harm.value if harm else -1.0
 
 
 def named(view: Summary, group: Group) -> str:
@@ -93,14 +106,20 @@ def _weak(view: Summary) -> list[str]:
 
 def _prices(view: Summary) -> list[str]:
     """Task accuracy and benign answers of each defended arm where they are below those of its undefended twin."""
-    accuracy = against_undefended(view, "task accuracy")
+    accuracy = _of_shown(view, against_undefended(view, "task accuracy"))
     worse = [(each.group, each.base) for each in accuracy if each.side < 0]
     lower = f"Task accuracy lower than the undefended twin's: {_pairs(worse, 'task', 'accuracy')}."
     none = f"Task accuracy of the defended arms: {ALIKE} from that of their undefended twins, or higher."
     said = [lower if worse else none] if accuracy else []
-    fewer = [(each.group, each.base) for each in against_undefended(view) if _below(each, "benign", "answered")]
+    tested = _of_shown(view, against_undefended(view))
+    fewer = [(each.group, each.base) for each in tested if _below(each, "benign", "answered")]
     text = f"Benign instructions answered less than by the undefended twin: {_pairs(fewer, 'benign', 'answered')}."
     return [*said, *([text] if fewer else [])]
+
+
+def _of_shown(view: Summary, tested: list[Comparison]) -> list[Comparison]:
+    """The comparisons at the shares that the page speaks of."""
+    return [each for each in tested if each.group is view.shown(each.group.arm)]
 
 
 def _below(each: Comparison, suite: str, measure: str) -> bool:

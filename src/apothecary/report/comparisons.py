@@ -137,9 +137,10 @@ def chains(view: Summary) -> list[list[Group]]:
     found = []
     for arm in view.arms:
         if tuned := view.shown(arm):
-            aligned = [view.start(tuned)] if view.start(tuned) else []
+            start = view.start(tuned)
+            aligned = [start] if start and start.stage == "aligned" else []
             repaired = [group for group in view.repaired if (group.arm, group.p) == (arm, tuned.p)]
-            found.append([*base, *(group for group in aligned if group), tuned, *repaired])
+            found.append([*base, *aligned, tuned, *repaired])
     return found
 
 

@@ -93,7 +93,7 @@ def _selection(view: Summary) -> list[str]:
     for base in (group for group in groups if str(group.methods[0]).startswith("random")):
         rivals = [group for group in groups if group is not base and group.methods[1:] == base.methods[1:]]
         name = "HS" if view.harm == "HS" else "harm"
-        found += _compared(rivals, base, "harmful", view.harm, f"Selection of rows: {name}", f"with {named(base.arm)}")
+        found += _compared(rivals, base, base.way, view.harm, f"Selection of rows: {name}", f"with {named(base.arm)}")
     return found
 
 

@@ -144,7 +144,9 @@ class Summary:
         return (plain or found or [None])[0]
 
     def start(self, tuned: Group) -> Group | None:
-        """The aligned model that a tuned one was made from."""
+        """The aligned model that a tuned one was made from; the base, where nothing was aligned."""
+        if tuned.methods[1] is None:
+            return next((group for group in self.references if group.stage == "base"), None)
         aligned = [group for group in self.references if group.stage == "aligned"]
         found = [group for group in aligned if group.methods[:2] == tuned.methods[:2]]
         return next((group for group in found if group.arm == tuned.arm), (found or [None])[0])
