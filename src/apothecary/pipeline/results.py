@@ -17,6 +17,7 @@ from apothecary.pipeline.stage import Executor, Record
 from apothecary.pipeline.store import Artifact, now, write_atomic, writing
 
 RESULTS = "results.json"
+JUDGED = ("harmful", "triggered", "benign", "overrefusal", "task")  # suites whose scores every page reads
 TOLD = ("arm", "stage", "curate", "align", "finetune", "attack", "p", "seed")  # what tells models apart
 SAMPLES = {"harmful": 6, "benign": 2, "overrefusal": 2, "task": 2}  # responses shown of each suite, 12 in all
 
@@ -59,7 +60,7 @@ def misread(found: Any) -> str:
         if not isinstance(model, dict):
             return f"model {place} is {json.dumps(model)[:40]}, expected a mapping"
         scores = model.get("scores") or {}
-        if not isinstance(scores, dict) or not all(each is None or isinstance(each, dict) for each in scores.values()):
+        if not isinstance(scores, dict) or not all(isinstance(scores.get(name) or {}, dict) for name in JUDGED):
             return f"the scores of model {place} are {json.dumps(scores)[:40]}, expected a mapping for each suite"
         if wrong := next((name for name in TOLD if isinstance(model.get(name), (list, dict))), None):
             return f"{wrong} of model {place} is {json.dumps(model[wrong])[:40]}, expected one value"
