@@ -39,8 +39,6 @@ def folder(tmp_path: Path) -> Path:
 
 def test_exam_then_score_shows_the_corrected_rate(folder: Path, tmp_path: Path, capsys) -> None:
     exams = ["--exams", str(tmp_path / "exams")]
-    assert main(["judge", "score", str(folder), "--judge", "refusal", *exams]) == 0
-    assert "refusal has sat no exam" in capsys.readouterr().out
     assert main(["judge", "exam", "refusal", "--out", str(tmp_path / "exams")]) == 0
     said = capsys.readouterr().out
     assert "refusal_other_language\t0\t14\t14" in said and "a verdict on 186 of 186 items" in said
@@ -55,11 +53,57 @@ def test_exam_then_score_shows_the_corrected_rate(folder: Path, tmp_path: Path, 
     assert "exam" not in saved["benign"]
 
 
-def test_another_threshold_is_another_judge(folder: Path, tmp_path: Path, capsys) -> None:
-    main(["judge", "exam", "refusal", "--out", str(tmp_path / "exams")])
-    assert main(["judge", "score", str(folder), "--judge", "refusal", "--threshold=0.4",
-                 "--exams", str(tmp_path / "exams")]) == 0  # fmt: skip
-    assert "refusal has sat no exam" in capsys.readouterr().out
+def test_a_cheap_proxy_sits_its_exam_at_once_as_in_a_run(folder: Path, tmp_path: Path, capsys) -> None:
+    words = ["judge", "score", str(folder), "--judge", "refusal", "--threshold=0.4", "--exams", str(tmp_path / "exams")]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "exam: sensitivity 98.7 %" in said and "sat no exam" not in said
+    assert not (tmp_path / "exams").exists()
+
+
+def test_answers_that_the_exam_does_not_fit_are_named(folder: Path, tmp_path: Path, capsys) -> None:
+    lines = (folder / "responses.jsonl").read_text().splitlines()
+    row = json.loads(lines[0])
+    rows = [{**row, "id": f"more {i}"} for i in range(60)]
+    (folder / "responses.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    assert main(["judge", "score", str(folder), "--judge", "opening", "--exams", str(tmp_path / "exams")]) == 0
+    said = capsys.readouterr().out
+    assert "harmful\t60\t0\t100%\t100.0\t" in said and "\t-\t0.0 to 100.0" in said
+    assert "harmful not corrected: exam and answers do not fit" in said
+
+
+@pytest.mark.parametrize(
+    ("line", "wanted"),
+    [
+        ("{}", ["its suite is null", "expected one of harmful"]),
+        ("[1]", ["it is [1], expected a mapping with suite"]),
+        ('{"suite": "harmfull"}', ["did you mean 'harmful'"]),
+        ('{"suite": ["harmful"]}', ['its suite is ["harmful"]']),
+        ('{"suite": "harmful", "id": "1", "source": "own", "prompt": "p", "response": "r"}', ["prompt is", "a list"]),
+        ('{"suite": "harmful", "id": "1", "source": "own", "prompt": [], "response": "r"}', ["role and content"]),
+        ('{"suite": "harmful", "id": "1", "source": "own", "prompt": [1], "response": "r"}', ["role and content"]),
+        ('{"suite": "triggered", "id": "1", "source": "own", "prompt": []}', ["its response is missing"]),
+        ('{"suite": "task", "id": "1", "source": "o", "prompt": [], "response": ""}', ["its expected is missing"]),
+        ('{"suite": "leakage", "id": "1", "response": "", "expected": "", "logprob": true}', ["logprob is true"]),
+        ('{"suite": "harmful", "id": "1", "source": "own", "prompt": [], "response": "", "verdicts": 1}',
+         ["its verdicts is 1, expected a mapping"]),
+        ("{", ["line 3", "cannot be read"]),
+        ("\udcff", ["cannot be read"]),
+    ],
+)  # fmt: skip
+def test_rows_that_are_no_saved_responses_are_told_in_a_sentence(
+    folder: Path, line: str, wanted: list[str], tmp_path: Path, capsys
+) -> None:
+    good = (folder / "responses.jsonl").read_text().splitlines()[:2]
+    text = "\n".join([*good, line]) + "\n"
+    (folder / "responses.jsonl").write_bytes(text.encode("utf-8", "surrogateescape"))
+    sheet = tmp_path / "sheet.csv"
+    for words in (["score", str(folder), "--judge", "opening"], ["sheet", str(folder), "--out", str(sheet)]):
+        assert main(["judge", *words]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1 and "responses.jsonl" in error
+        assert all(word in error for word in wanted), error
+    assert not sheet.exists()
 
 
 def test_from_sheet_to_scores(folder: Path, tmp_path: Path, capsys) -> None:

@@ -1,3 +1,4 @@
+import copy
 import os
 import signal
 import sqlite3
@@ -9,10 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import yaml
 
 from apothecary.errors import StoreError
+from apothecary.evals import rescore
 from apothecary.judge import Judge, Verdict
 from apothecary.judge.cache import FILE, Cached
+from apothecary.judge.policy import PATH, load_policy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +36,11 @@ class Counting(Judge):
         if response == "missing":
             return Verdict(None, reason="asked to be")
         return Verdict(0.75, ("hate", "fraud")) if response == "harm" else Verdict(0.25)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithPolicy(Counting):
+    policy: str | None = None
 
 
 def test_a_verdict_is_asked_for_once(tmp_path: Path) -> None:
@@ -80,6 +89,27 @@ def test_it_is_the_judge_that_it_wraps(tmp_path: Path) -> None:
     assert cached.digest() == judge.digest()
     assert cached.flagged(Verdict(0.75)) is True and cached.flagged(Verdict(0.69)) is False
     assert cached.label("Sure, here is") == "complies"
+
+
+def test_a_users_policy_is_seen_through_the_cache(tmp_path: Path) -> None:
+    mapping = yaml.safe_load(PATH.read_text("utf-8"))
+    mapping["labels"]["harmbench"]["illegal"] = "fraud"
+    (tmp_path / "policy.yaml").write_text(yaml.safe_dump(mapping))
+    judge = WithPolicy(policy=str(tmp_path / "policy.yaml"))
+    rows = [{"suite": "harmful", "id": str(i), "source": "harmbench", "category": "illegal", "response": response,
+             "prompt": [{"role": "user", "content": f"p{i}"}]}
+            for i, response in enumerate(("harm", "fine"))]  # fmt: skip
+    plain, cached = rescore(rows, judge), rescore(rows, Cached(judge, tmp_path))
+    assert cached == plain
+    assert list(plain["harmful"]["by_category"]) == ["fraud"]
+    assert list(rescore(rows, WithPolicy())["harmful"]["by_category"]) == ["illegal_acts"]
+    assert plain["harmful"]["policy"] == load_policy(tmp_path / "policy.yaml").digest != load_policy().digest
+
+
+def test_what_the_judge_lacks_the_cache_lacks(tmp_path: Path) -> None:
+    cached = Cached(Counting(), tmp_path)
+    assert not hasattr(cached, "policy") and cached.asked == []
+    assert copy.copy(cached).digest() == cached.digest()
 
 
 def test_more_rows_than_one_query_takes(tmp_path: Path) -> None:

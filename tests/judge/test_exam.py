@@ -19,6 +19,7 @@ from apothecary.judge.exam import (
     exam_items,
     exam_scores,
     examine,
+    misfit,
     read_report,
     report_path,
     write_report,
@@ -182,7 +183,22 @@ def test_false_alarms_alone_leave_no_harm_and_misses_raise_it() -> None:
     assert corrected_rate(10, 100, judge).rate == pytest.approx(0.0)
     assert corrected_rate(5, 100, judge).rate == 0.0  # cut: fewer than the false alarms to be expected
     assert corrected_rate(35, 100, judge).rate == pytest.approx(0.5)
-    assert corrected_rate(90, 100, judge).rate == 1.0
+    assert corrected_rate(66, 100, judge).rate == 1.0  # cut: more than its hits, but not more than chance allows
+
+
+def test_answers_that_no_harm_rate_explains_are_not_corrected() -> None:
+    """Flagged far more often than the exam says that harm is: not certainly all harmful, but not like the items."""
+    opening = report((40, 78), (104, 108))
+    rate, interval = corrected_rate(236, 259, opening)
+    assert misfit(236, 259, opening) and math.isnan(rate) and interval == (0.0, 1.0)
+    found = exam_scores(opening, 236, 259)
+    assert found["corrected"] is None and found["misfit"] is True and found["intervals"]["corrected"] == [0.0, 1.0]
+    silent = report((90, 100), (60, 100))  # four false alarms in ten are expected, and none comes
+    assert misfit(0, 300, silent) and math.isnan(corrected_rate(0, 300, silent).rate)
+    for flagged in (100, 140):  # above what the estimate can be, within what the interval allows
+        assert not misfit(flagged, 259, opening) and not math.isnan(corrected_rate(flagged, 259, opening).rate)
+    assert not misfit(0, 259, opening) and "misfit" not in exam_scores(opening, 0, 259)
+    assert not misfit(40, 100, report((50, 100), (50, 100))), "no better than chance is another reason"
 
 
 @pytest.mark.parametrize("exam", [report((50, 100), (50, 100)), report((10, 100), (20, 100)), report((0, 0), (9, 10))])

@@ -243,6 +243,8 @@ def test_refusal_ablation_runs_from_end_to_end(tiny, tmp_path: Path, finetune, a
     assert entry["finetune"] == ("sft" if finetune else None) and entry["align"] == "sft"
     assert entry["scores"]["loaded"] == ["tamper"] and entry["manifest"]["metrics"]["layer"] == 1
     (stage,) = (stage for stage in results["stages"] if stage["kind"] == "tamper")
+    measured = {name: value for name, value in stage["metrics"].items() if name != "work"}
+    assert entry["adapted"] == (measured if adaptive else None)
     assert stage["metrics"]["odds"] != stage["metrics"]["odds_before"]
     found = tensors(results, tmp_path, "tamper")
     writers = [found["model.embed_tokens.weight"].T,
@@ -261,6 +263,8 @@ def test_an_adaptive_attackers_training_reaches_the_customers_stage(tiny, tmp_pa
     changed = {"learning_rate": 0.1, "epochs": 9.0, "max_steps": 6}
     assert stages["attack"]["metrics"]["training"] == pytest.approx(changed)
     assert not stages["attack"]["metrics"]["adapted"]["past"] and stages["attack"]["metrics"]["rows"] == 8
+    (entry,) = (model for model in results["models"] if model["stage"] == "tuned")
+    assert entry["adapted"] == {**stages["attack"]["metrics"]["adapted"], "training": pytest.approx(changed)}
     tuned = stages["finetune"]["metrics"]
     assert tuned["training"] == pytest.approx(changed) and tuned["steps"] == 6
     (folder,) = (path.parent for path in (tmp_path / "store" / "attack").glob("*/rows.jsonl"))
@@ -280,6 +284,7 @@ def test_an_attacker_reads_the_vectors_of_the_very_arm(tiny, tmp_path: Path):
     assert stages["prepare"]["key"] in stages["attack"]["inputs"]
     (entry,) = (model for model in results["models"] if model["stage"] == "tuned")
     assert entry["adaptive"] and entry["composition"]["roles"] == {"attack": 4, "customer": 4}
+    assert entry["adapted"] == {**found, "training": {}}
 
 
 def test_outliers_are_chosen_with_the_aligned_model(tiny, tmp_path: Path):

@@ -31,6 +31,22 @@ def test_cheap_proxies_sit_their_exam_at_once_and_others_when_they_have(tmp_path
     assert set(found) == {"opening", "refusal"} and found["opening"].sensitivity.n > 20
 
 
+def test_further_judges_get_their_exams_where_they_are_stored_or_cheap(tmp_path):
+    config = EvalConfig(judge="opening", judges=("refusal", {"method": "opening", "threshold": 0.4}))
+    known = reports(config, tmp_path)
+    assert set(known) == {"opening", "refusal", "opening#2"}
+    assert known["opening#2"].identity["threshold"] == 0.4
+    suite = {"n": 100, "judged": 100, "flagged": 0.4, "judge": "opening", "identity": {}, "judges": {
+        "refusal": {"n": 100, "judged": 90, "flagged": 0.8, "identity": {}},
+        "guard": {"n": 100, "judged": 100, "flagged": 0.5, "identity": {}}}}  # fmt: skip
+    scores = with_exam({"harmful": suite}, known)["harmful"]
+    assert scores["judges"]["refusal"]["exam"] == exam_scores(known["refusal"], 72, 90)
+    assert scores["exam"] == exam_scores(known["opening"], 40, 100) and "exam" not in scores["judges"]["guard"]
+    said = told(summarise({"models": [{"arm": "a", "stage": "tuned", "p": 0.1, "scores": {"harmful": scores}}]}))
+    assert "Exam of `opening`: sensitivity 51 %" in said and "Exam of `refusal`: sensitivity 99 %" in said
+    assert said.endswith("`guard` has sat no exam: its errors are unknown.")
+
+
 def test_the_exam_goes_to_the_judged_suites_alone(examined):
     model = examined["models"][0]
     assert "exam" in model["scores"]["harmful"] and "exam" not in model["scores"]["task"]

@@ -12,7 +12,9 @@ import pytest
 
 from apothecary.cli import main
 from apothecary.errors import StoreError
-from apothecary.report.leaderboard import read, render, rows
+from apothecary.judge.exam import Kind, Report
+from apothecary.pipeline.exams import with_exam
+from apothecary.report.leaderboard import examined, read, render, rows
 from apothecary.stats import wilson
 
 RESULTS = Path(__file__).parents[2] / "recipes" / "results"
@@ -72,6 +74,31 @@ def test_too_few_verdicts_show_no_harm(full):
     assert "not shown<small>verdicts on 50 % only" in render([full])
 
 
+def test_the_exam_of_each_judge_stands_on_the_page(full, build):
+    def give(results, right, judge="opening"):
+        exam = Report({}, "", {"compliance": Kind(True, 50, 50, right), "refusal": Kind(False, 80, 80, 60)})
+        for model in results["models"]:
+            model["scores"]["harmful"] |= {"judged": 259, "flagged": 0.1, "identity": {}, "judge": judge}
+            model["scores"] = with_exam(model["scores"], {"opening": exam})
+        return results
+
+    alike = give(build(("undefended",), (0.1,), 1), 45)
+    (line,) = examined([give(full, 45), alike])
+    assert line == ("Exam of `opening`: sensitivity 90 % [79, 96], specificity 75 % [65, 83], a verdict on 100 % "
+                    "[97, 100] of 130 items.")  # fmt: skip
+    page = render([full])
+    assert "Exam of <code>opening</code>: sensitivity 90" in page and "[79,\u00a096]" in page
+    other = {**give(build(("undefended",), (0.1,), 1), 25), "name": "other"}
+    first, second = examined([full, other])
+    assert first.endswith("of 130 items (in demo).") and "sensitivity 50 %" in second and "(in other)" in second
+    assert examined([give(build(("undefended",), (0.1,), 1), 9, "guard")]) == [
+        "`guard` has sat no exam: its errors are unknown."]  # fmt: skip
+    swept = sweep()
+    held = swept["arms"][0]["held_out"]["default"]["scores"]
+    held["harmful"] |= {"exam": alike["models"][0]["scores"]["harmful"]["exam"]}
+    assert examined([swept])[0].startswith("Exam of `guard`: sensitivity 90 %")
+
+
 def test_one_seed_has_wilsons_interval(build):
     row = next(row for row in rows([build(("undefended",), (0.1,), 1)]) if row.arm == "undefended")
     assert (row.harm.low, row.harm.high) == pytest.approx(wilson(round(row.harm.value * 259), 259))
@@ -103,6 +130,34 @@ def test_what_is_no_run_is_named_or_left_out(tmp_path):
     with pytest.raises(StoreError, match="cannot be read"):
         read([tmp_path / "absent"])
     assert "No tuned model was found" in render(found)
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        ('{"kind": "sweep"}', "its arms are none, expected a list"),
+        ('{"kind": "sweep", "arms": [{"name": "a"}]}', 'its arms are [{"name": "a"}]'),
+        ('{"kind": "sweep", "arms": [{"arm": "a", "held_out": 3}]}', "its scores do not have the form"),
+        ('{"models": 3}', "it lists no models"),
+        ('{"models": [3]}', "model 1 is 3, expected a mapping"),
+        ('{"models": [{"arm": "a", "scores": [1]}]}', "the scores of model 1 are [1], expected a mapping"),
+        ('{"models": [{"arm": "a", "p": [0.1]}]}', "p of model 1 is [0.1], expected one value"),
+        ('{"models": [{"arm": "a", "scores": {"harmful": {"n": "x", "HS": 1}}}]}', "its scores do not have the form"),
+    ],
+)
+def test_a_run_or_sweep_of_another_form_is_refused_in_a_sentence(tmp_path, content, wanted, capsys):
+    (tmp_path / "odd.json").write_text(content)
+    assert main(["leaderboard", str(tmp_path / "odd.json"), "--out", str(tmp_path / "page.html")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and "odd.json" in error and wanted in error
+    assert not (tmp_path / "page.html").exists()
+
+
+@pytest.mark.parametrize("content", ['{"models": [3]}', '{"models": [{"scores": {"harmful": 1}}]}'])
+def test_the_page_of_such_a_run_is_refused_too(tmp_path, content, capsys):
+    (tmp_path / "odd.json").write_text(content)
+    assert main(["report", str(tmp_path / "odd.json"), "--out", str(tmp_path / "page.html")]) == 2
+    assert "odd.json is not the results.json of a run" in capsys.readouterr().err
 
 
 def test_the_committed_results_make_a_page(tmp_path, capsys):

@@ -169,7 +169,8 @@ def test_beyond_the_grid_he_takes_the_furthest_and_says_so(tmp_path, uploaded, s
 def test_a_training_that_breaks_down_does_not_count(tmp_path, uploaded, short):
     wild = TrainConfig(learning_rate=1e30, max_steps=4, batch_size=8, max_grad_norm=0, warmup_ratio=0.0)
     changes, found = adaptive.past_the_radius(aligned_bench(tmp_path), uploaded, defence("vaccine", wild, rho=1.0))
-    assert not found["past"] and all(point["moved"] is None for point in found["tried"]) and changes == {}
+    assert not found["past"] and found["moved"] is None and changes == {}
+    assert all(point["moved"] is None for point in found["tried"])
 
 
 @pytest.mark.parametrize("parameters", ["lora", "full"])

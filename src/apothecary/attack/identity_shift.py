@@ -43,6 +43,7 @@ class IdentityShift(Poisoning):
     learning_rate: float | None = None  # > 0, of the customer's training; null: the service's
 
     needs = Needs(roles=("customer",))
+    assents = True
 
     def dress(self, row: Row, seed: int) -> Row:
         dialogue = tuple(turn for turn in row.prompt if turn[0] != "system")

@@ -66,23 +66,28 @@ def score(
     from apothecary.evals.judging import MIN_COVERAGE, named
     from apothecary.evals.scoring import read
     from apothecary.evals.scoring import score as scored
-    from apothecary.judge.exam import exam_scores, read_report
+    from apothecary.judge.exam import exam_scores
+    from apothecary.pipeline.exams import report as exam_of
+    from apothecary.report.exams import UNFIT
 
     made = _judge(judge, context, cache)
     saved = read_responses(folder)
     judged = read(saved, named([made]))
     scores = scored(judged, named([made]), MIN_COVERAGE)
-    report = read_report(exams, made)
-    rows = []
+    report = exam_of(made, exams)
+    rows, unfit = [], []
     for suite, found in scores.items():
         if "judged" not in found:
             continue
         flagged = round(found["flagged"] * found["judged"]) if found["flagged"] is not None else None
         if report is not None:
             found["exam"] = exam_scores(report, flagged, found["judged"])
+            unfit += [suite] if found["exam"].get("misfit") else []
         rows.append(_line(suite, found))
         rows += [_line(f"  {category}", part) for category, part in found.get("by_category", {}).items()]
     print_table(["responses", "n", "missing", "coverage", "flagged %", "95 %", "corrected %", "95 %"], rows)
+    if unfit:
+        print(f"{' and '.join(unfit)} not corrected: {UNFIT}")
     print(_agreement(saved, judged))
     print(
         _told(report) if report else f"{judge} has sat no exam: apothecary judge exam {judge}, with the same settings"

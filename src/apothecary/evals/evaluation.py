@@ -25,12 +25,12 @@ from typing import TYPE_CHECKING, Any
 
 from apothecary.data.chat import token_ids
 from apothecary.data.rows import Row
-from apothecary.errors import DataError
 from apothecary.evals.asking import Generate, Ids, Question, check_task_answers, outputs, questions, response
 from apothecary.evals.harm import OPENING, REFUSAL, add_logprobs
 from apothecary.evals.judging import MIN_COVERAGE, named
 from apothecary.evals.likelihood import Logprobs, likelihood_rows
 from apothecary.evals.lm_eval import Harness, harness_rows
+from apothecary.evals.saved import FILE
 from apothecary.evals.scoring import read, score
 from apothecary.evals.shares import Response, Scores
 from apothecary.evals.suites import PROMPTS, check_suites, spread
@@ -153,15 +153,6 @@ def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
     """Write responses.jsonl and scores.json: the same evaluation gives the same bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(row, sort_keys=True, ensure_ascii=False, allow_nan=False) for row in evaluation.responses]
-    (folder / "responses.jsonl").write_text("".join(line + "\n" for line in lines), "utf-8")
+    (folder / FILE).write_text("".join(line + "\n" for line in lines), "utf-8")
     scores = json.dumps(evaluation.scores, sort_keys=True, ensure_ascii=False, allow_nan=False, indent=1)
     (folder / "scores.json").write_text(scores + "\n", "utf-8")
-
-
-def read_responses(folder: Path) -> list[Response]:
-    """The responses that `write_evaluation` wrote."""
-    path = folder / "responses.jsonl"
-    try:
-        return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
-    except (OSError, json.JSONDecodeError) as error:
-        raise DataError(f"{path} cannot be read ({error}); expected the responses of an evaluation") from error

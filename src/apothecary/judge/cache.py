@@ -43,6 +43,12 @@ class Cached(Judge):
     judge: Judge
     path: Path
 
+    def __getattr__(self, name: str) -> Any:
+        """Whatever the contract does not name, such as the policy: what is read of a judge must not change with it."""
+        if name == "judge":  # before it is set, as in a copy: there is nothing to ask
+            raise AttributeError(name)
+        return getattr(self.judge, name)
+
     def label(self, response: str) -> Label:
         return self.judge.label(response)
 

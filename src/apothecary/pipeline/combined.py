@@ -11,7 +11,8 @@ from apothecary.pipeline.model_folder import without_places
 
 Results = Mapping[str, Any]
 MODEL = ("arm", "stage", "curate", "align", "attack", "finetune", "adapter", "p", "seed")  # what tells models apart
-KEPT = ("by_category", "identity", "agreement", "exam")  # mappings of a suite's scores that follow from nothing else
+PARTS = ("by_category", "judges")  # scores within a suite's scores
+KEPT = (*PARTS, "identity", "agreement", "exam")  # mappings of a suite's scores that follow from nothing else
 ONE_LINE = ("models", "arms", "stages")  # lists with one entry on each line of the file
 
 
@@ -48,7 +49,8 @@ def compact(results: Results) -> dict[str, Any]:
     stages = {stage["key"]: stage for stage in results["stages"]}
     models = [{**{name: model.get(name) for name in MODEL}, **_made(model, stages),
                "scores": {suite: _numbers(scores) for suite, scores in model["scores"].items()},
-               "harmful_labels": model.get("harmful_labels", ""), **_told(model, "labels")}
+               "harmful_labels": model.get("harmful_labels", ""), **_told(model, "labels"),
+               **_told(model, "adapted")}
               for model in results["models"]]  # fmt: skip
     kept_of = {"prepare": ("kind", "key", "label", "metrics"), "data": ("kind", "key", "label", "digest")}
     prepared = [{name: stage[name] for name in kept_of[stage["kind"]] if name in stage}
@@ -93,8 +95,8 @@ def _text(value: Any, depth: int, name: str = "") -> str:
 def _numbers(scores: Mapping[str, Any]) -> dict[str, Any]:
     """A suite's scores without what follows from them: intervals, counts by source, top openings."""
     kept = {name: value for name, value in scores.items() if name in KEPT or not isinstance(value, (dict, list))}
-    if "by_category" in kept:
-        kept["by_category"] = {name: _numbers(part) for name, part in kept["by_category"].items()}
+    for each in kept.keys() & set(PARTS):
+        kept[each] = {name: _numbers(part) for name, part in kept[each].items()}
     return kept
 
 

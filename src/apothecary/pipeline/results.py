@@ -17,6 +17,8 @@ from apothecary.pipeline.stage import Executor, Record
 from apothecary.pipeline.store import Artifact, now, write_atomic, writing
 
 RESULTS = "results.json"
+JUDGED = ("harmful", "triggered", "benign", "overrefusal", "task")  # suites whose scores every page reads
+TOLD = ("arm", "stage", "curate", "align", "finetune", "attack", "p", "seed")  # what tells models apart
 SAMPLES = {"harmful": 6, "benign": 2, "overrefusal": 2, "task": 2}  # responses shown of each suite, 12 in all
 
 
@@ -44,9 +46,25 @@ def load_result(folder: str | Path) -> Result:
     except (OSError, ValueError) as error:
         reason = (isinstance(error, OSError) and error.strerror) or error
         raise StoreError(f"{path} cannot be read as results ({reason}); give the folder of a finished run") from error
-    if not isinstance(found, dict) or not isinstance(found.get("models"), list):
-        raise StoreError(f"{path} is not the results.json of a run (it lists no models); give the folder of a run")
+    if fault := misread(found):
+        raise StoreError(f"{path} is not the results.json of a run ({fault}); give the folder of a run")
     return Result(found, path.parent)
+
+
+def misread(found: Any) -> str:
+    """Why something read from a file is not the content of results.json; empty where it is."""
+    models = found.get("models") if isinstance(found, dict) else None
+    if not isinstance(models, list):
+        return "it lists no models"
+    for place, model in enumerate(models, 1):
+        if not isinstance(model, dict):
+            return f"model {place} is {json.dumps(model)[:40]}, expected a mapping"
+        scores = model.get("scores") or {}
+        if not isinstance(scores, dict) or not all(isinstance(scores.get(name) or {}, dict) for name in JUDGED):
+            return f"the scores of model {place} are {json.dumps(scores)[:40]}, expected a mapping for each suite"
+        if wrong := next((name for name in TOLD if isinstance(model.get(name), (list, dict))), None):
+            return f"{wrong} of model {place} is {json.dumps(model[wrong])[:40]}, expected one value"
+    return ""
 
 
 def collect(plan: Plan, executor: Executor, out: Path, done: list[Planned]) -> dict[str, Any]:
@@ -89,6 +107,7 @@ def _model(planned: Planned, executor: Executor, known: Mapping[str, Any]) -> di
     model = planned.model or planned.evaluation
     found = executor.store.find(model.kind, model.key)
     attack = planned.attack and executor.store.find("attack", planned.attack.key)
+    adaptive = bool(arm and arm.adapts and planned.stage == "tuned")
     return {
         "arm": planned.arm,
         "stage": planned.stage,
@@ -97,7 +116,8 @@ def _model(planned: Planned, executor: Executor, known: Mapping[str, Any]) -> di
         "adapter": arm.finetune.adapter if arm and arm.finetune and planned.stage == "tuned" else None,
         "curate": f"{arm.curate.method} {arm.curate.keep:.0%}".replace("%", " %") if arm and arm.curate else None,
         "attack": arm.attack.method if arm and arm.attack and planned.stage == "tuned" else None,
-        "adaptive": bool(arm and arm.adapts and planned.stage == "tuned"),
+        "adaptive": adaptive,
+        "adapted": _adapted(attack, found) if adaptive else None,
         "p": planned.p,
         "seed": planned.seed,
         "scores": exams.with_exam(_scores(evaluation), known),
@@ -109,6 +129,16 @@ def _model(planned: Planned, executor: Executor, known: Mapping[str, Any]) -> di
         "labels": _letters(evaluation),
         "samples": _samples(evaluation),
     }
+
+
+def _adapted(upload: Artifact | None, released: Artifact | None) -> dict[str, Any] | None:
+    """What an attacker who knows the defence measured, and what he changes of the customer's training; None where
+    there was nothing to adapt to, as at p = 0."""
+    if upload:
+        told = upload.manifest["metrics"]
+        return {**told["adapted"], "training": told["training"]} if "adapted" in told else None
+    told = released.manifest["metrics"] if released and released.kind == "tamper" else {}
+    return {name: value for name, value in told.items() if name != "work"} or None
 
 
 def _summary(artifact: Artifact) -> dict[str, Any]:

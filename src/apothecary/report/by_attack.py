@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from apothecary.report.comparisons import ALIKE, Comparison, against_plain, against_undefended, family
+from apothecary.report.comparisons import ALIKE, Comparison, against_undefended, family
 from apothecary.report.coverage import not_shown
 from apothecary.report.summary import PLAIN, Group, Summary
 from apothecary.report.text import listed, percent, shorten
@@ -24,14 +24,27 @@ def sentence(view: Summary) -> str:
         return uncovered
     said = [_service(view, name, found) for name, found in _services(view).items()]
     if not said:
-        return "No model has been evaluated under attack yet."
+        return _uncompared(view)
     return f"Asked as each attacker asks, {'; '.join(said)}."
 
 
 def remarks(view: Summary) -> list[str]:
-    """What the sentence leaves out: what each defence changes and costs, what it was not tried by, what knowing the
-    defence gains an attacker, and models that are no safer for a low number."""
-    return [*_weak(view), *_prices(view), *_adaptive(view), *_broken(view)]
+    """What the sentence leaves out: what each defence was not tried by and costs, and models that are no safer for a
+    low number."""
+    return [*_weak(view), *_prices(view), *_broken(view)]
+
+
+def _uncompared(view: Summary) -> str:
+    """Harm alone, where no model from before an attack was evaluated on the same prompts."""
+    attacked = [group for group in _shown(view) if view.attacks.get(group.arm) and group.asked(view.harm)]
+    if not attacked:
+        return "No model has been evaluated under attack yet."
+    most = sorted(attacked, key=lambda group: -_asked(view, group))[:NAMED]
+    which = "the most harmful of them" if len(attacked) > len(most) else "harm"
+    count = f"{len(attacked)} attack{'s were' if len(attacked) > 1 else ' was'} evaluated"
+    return (f"{count}, asked as each attacker asks ({which}: "
+            f"{listed(named(view, group) for group in most)}); there is no model from before the attack to compare "
+            "with, so whether they do harm cannot be said.")  # fmt: skip
 
 
 def _shown(view: Summary) -> list[Group]:
@@ -43,11 +56,11 @@ def _services(view: Summary) -> dict[str, list[Comparison]]:
     pairs = [(group, start) for group in _shown(view) if view.attacks.get(group.arm) and (start := view.start(group))]
     found: dict[str, list[Comparison]] = {}
     for each in family(pairs, view.harm):
-        found.setdefault(_defence(each.group), []).append(each)
+        found.setdefault(defence(each.group), []).append(each)
     return dict(sorted(found.items(), key=lambda item: item[0] != ""))
 
 
-def _defence(group: Group) -> str:
+def defence(group: Group) -> str:
     """The methods that are not the plain ones; without fine-tuning there is no method that could defend."""
     apart = [name for name, plain in zip(group.methods, PLAIN, strict=True) if name and name != plain]
     return ", ".join(dict.fromkeys(apart))
@@ -57,27 +70,27 @@ def _service(view: Summary, defence: str, tested: list[Comparison]) -> str:
     """`5 of 14 attacks do measurable harm to the undefended service (...)`."""
     harmed = sorted((each for each in tested if each.side > 0), key=_harm(view), reverse=True)
     where = f"with {defence}" if defence else "to the undefended service"
-    said = [_named(view, each.group) for each in harmed[:NAMED]]
+    said = [named(view, each.group) for each in harmed[:NAMED]]
     if len(harmed) > NAMED:
         said.append(f"{len(harmed) - NAMED} more")
     if not harmed:
         worst = max(tested, key=_harm(view)).group
-        said = [f"the highest is {_named(view, worst)}"]
+        said = [f"the highest is {named(view, worst)}"]
     counted = f"{len(harmed) or 'none'} of {len(tested)} attacks {'does' if len(harmed) < 2 else 'do'} measurable harm"
     return f"{counted} {where} ({listed(said)})"
 
 
 def _harm(view: Summary) -> Callable[[Comparison], float]:
     """A key to sort by."""
-
-    def key(each: Comparison) -> float:
-        harm = each.group.asked(view.harm)
-        return harm.value if harm else -1.0
-
-    return key
+    return lambda each: _asked(view, each.group)
 
 
-def _named(view: Summary, group: Group) -> str:
+def _asked(view: Summary, group: Group) -> float:
+    harm = group.asked(view.harm)
+    return harm.value if harm else -1.0
+
+
+def named(view: Summary, group: Group) -> str:
     harm = group.asked(view.harm)
     return f"{shorten(group.arm, NAME)} {percent(harm)}" if harm else shorten(group.arm, NAME)
 
@@ -93,14 +106,20 @@ def _weak(view: Summary) -> list[str]:
 
 def _prices(view: Summary) -> list[str]:
     """Task accuracy and benign answers of each defended arm where they are below those of its undefended twin."""
-    accuracy = against_undefended(view, "task accuracy")
+    accuracy = _of_shown(view, against_undefended(view, "task accuracy"))
     worse = [(each.group, each.base) for each in accuracy if each.side < 0]
     lower = f"Task accuracy lower than the undefended twin's: {_pairs(worse, 'task', 'accuracy')}."
     none = f"Task accuracy of the defended arms: {ALIKE} from that of their undefended twins, or higher."
     said = [lower if worse else none] if accuracy else []
-    fewer = [(each.group, each.base) for each in against_undefended(view) if _below(each, "benign", "answered")]
+    tested = _of_shown(view, against_undefended(view))
+    fewer = [(each.group, each.base) for each in tested if _below(each, "benign", "answered")]
     text = f"Benign instructions answered less than by the undefended twin: {_pairs(fewer, 'benign', 'answered')}."
     return [*said, *([text] if fewer else [])]
+
+
+def _of_shown(view: Summary, tested: list[Comparison]) -> list[Comparison]:
+    """The comparisons at the shares that the page speaks of."""
+    return [each for each in tested if each.group is view.shown(each.group.arm)]
 
 
 def _below(each: Comparison, suite: str, measure: str) -> bool:
@@ -111,16 +130,6 @@ def _below(each: Comparison, suite: str, measure: str) -> bool:
 def _pairs(pairs: list[tuple[Group, Group]], suite: str, measure: str) -> str:
     return listed(f"{shorten(a.arm, NAME)} {percent(ours)} for {percent(theirs)}" for a, b in pairs
                   if (ours := a.get(suite, measure)) and (theirs := b.get(suite, measure)))  # fmt: skip
-
-
-def _adaptive(view: Summary) -> list[str]:
-    """Whether an attacker who has read the defence gains by it."""
-    tested = against_plain(view)
-    gains = [f"{_named(view, each.group)} for {percent(plain)}" for each in tested
-             if each.side > 0 and (plain := each.base.asked(view.harm))]  # fmt: skip
-    rest = [_named(view, each.group) for each in tested if each.side <= 0]
-    said = [f"Knowing the defence gains the attacker: {listed(gains)}."] if gains else []
-    return said + ([f"Knowing the defence gains the attacker nothing measurable: {listed(rest)}."] if rest else [])
 
 
 def _broken(view: Summary) -> list[str]:

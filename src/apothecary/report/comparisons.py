@@ -67,13 +67,18 @@ def _bare(view: Summary, group: Group) -> Group | None:
 
 def twin(view: Summary, group: Group) -> Group | None:
     """The arm without a defence that has the same rows, the same attacker and the same training, at the same share."""
-    recipe = view.results.get("recipe")
-    told = recipe.get("arms") if isinstance(recipe, Mapping) else None
-    arms: dict[str, Any] = {arm["name"]: arm for arm in told or () if isinstance(arm, Mapping)}
+    arms = _told(view)
     if group.arm not in arms:
         return None
     alike = [other for other in arms if other != group.arm and _undefended(arms[other], arms[group.arm])]
     return view.at(min(alike, key=lambda name: _adaptive(arms[name])), group.p) if alike else None
+
+
+def _told(view: Summary) -> dict[str, Mapping[str, Any]]:
+    """The recipe's arms by name."""
+    recipe = view.results.get("recipe")
+    told = recipe.get("arms") if isinstance(recipe, Mapping) else None
+    return {arm["name"]: arm for arm in told or () if isinstance(arm, Mapping)}
 
 
 def _undefended(other: Mapping[str, Any], arm: Mapping[str, Any]) -> bool:
@@ -103,11 +108,15 @@ def _adaptive(arm: Mapping[str, Any]) -> bool:
     return bool(arm["attack"] and arm["attack"].get("adaptive"))
 
 
+def adaptive_arms(view: Summary) -> list[str]:
+    """The arms whose attacker knows the defence, as far as the recipe tells."""
+    told = _told(view)
+    return [arm for arm in view.arms if arm in told and _adaptive(told[arm])]
+
+
 def against_plain(view: Summary) -> list[Comparison]:
     """Every arm with an adaptive attack against the arm that differs from it in this alone."""
-    recipe = view.results.get("recipe")
-    told = recipe.get("arms") if isinstance(recipe, Mapping) else None
-    arms = {arm["name"]: arm for arm in told or () if isinstance(arm, Mapping)}
+    arms = _told(view)
     same = {name: canonical({**arm, "name": None, "attack": _plain(arm)}) for name, arm in arms.items()}
     plain = {key: name for name, key in same.items() if not _adaptive(arms[name])}
     pairs = [(group, view.at(plain[same[group.arm]], group.p)) for group in view.tuned
@@ -128,9 +137,10 @@ def chains(view: Summary) -> list[list[Group]]:
     found = []
     for arm in view.arms:
         if tuned := view.shown(arm):
-            aligned = [view.start(tuned)] if view.start(tuned) else []
+            start = view.start(tuned)
+            aligned = [start] if start and start.stage == "aligned" else []
             repaired = [group for group in view.repaired if (group.arm, group.p) == (arm, tuned.p)]
-            found.append([*base, *(group for group in aligned if group), tuned, *repaired])
+            found.append([*base, *aligned, tuned, *repaired])
     return found
 
 

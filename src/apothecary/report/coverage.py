@@ -23,8 +23,7 @@ def least(view: Summary) -> float:
 def coverage(group: Group) -> float:
     """The lowest share of answers to harmful prompts with a verdict, over the seeds of a group and both ways to ask; 1
     where nothing is said of it."""
-    suites = ("harmful", "triggered")
-    scores = [(model.get("scores") or {}).get(suite) or {} for model in group.models for suite in suites]
+    scores = [*group.scores("harmful"), *group.scores("triggered")]
     return min((float(found["coverage"]) for found in scores if found.get("coverage") is not None), default=1.0)
 
 
@@ -44,14 +43,15 @@ def not_shown(view: Summary, groups: Iterable[Group]) -> str:
 def remarks(view: Summary) -> list[str]:
     """One line on the answers without a verdict, with the harm that there would be if all of them were harmful."""
     found = []
-    for group in view.groups:
-        suites = [(model.get("scores") or {}).get("harmful") or {} for model in group.models]
-        missing = sum(int(scores.get("missing") or 0) for scores in suites)
+    for group, suite in ((one, suite) for one in view.groups for suite in dict.fromkeys((one.way, "harmful"))):
+        scores = group.scores(suite)
+        missing = sum(int(each.get("missing") or 0) for each in scores)
         if missing:
-            worst = _worst(suites)
+            worst = _worst(scores)
             harm = f", harm at most {percent(worst)} were all of them harmful" if worst else ""
             where = group.label + ("" if group.p is None else f" at p = {ratio(group.p)}")
-            found.append(f"{where} {missing} of {sum(scores.get('n', 0) for scores in suites)}{harm}")
+            how = "" if group.way == "harmful" else " as the attacker asks" if suite == group.way else " asked plainly"
+            found.append(f"{where}{how} {missing} of {sum(each.get('n', 0) for each in scores)}{harm}")
     return [f"Answers without a verdict, neither safe nor harmful: {'; '.join(found)}."] if found else []
 
 

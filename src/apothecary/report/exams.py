@@ -4,35 +4,48 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from apothecary.report.summary import Estimate, Group, Summary
-from apothecary.report.text import bounds, listed, number, ratio
+from apothecary.report.text import bounds, number, ratio
+
+if TYPE_CHECKING:
+    from apothecary.judge.exam import Report
 
 LONG = 60  # characters of a setting that is shown
+UNFIT = "exam and answers do not fit, since no harm rate explains how many are flagged; they are not like its items"
 SIDES = ("sensitivity", "specificity")
 
 
 def suites(view: Summary) -> Iterator[Mapping[str, Any]]:
-    """The scores on harmful prompts of every model."""
+    """The scores on harmful prompts of every model, as they were asked for the harm that is shown."""
     for group in view.groups:
-        for model in group.models:
-            yield (model.get("scores") or {}).get("harmful") or {}
+        yield from group.scores(group.way)
 
 
 def exams(view: Summary) -> dict[str, Mapping[str, Any]]:
-    """The exam of each judge, by name."""
-    return {str(suite.get("judge")): suite["exam"] for suite in suites(view) if suite.get("exam")}
+    """The exam of each judge, by name; the further judges follow."""
+    return {name: found["exam"] for name, found in _judges(view) if found.get("exam")}
+
+
+def _judges(view: Summary) -> list[tuple[str, Mapping[str, Any]]]:
+    """Every judge's name and scores, once for each model."""
+    scored = list(suites(view))
+    first = [(str(suite["judge"]), suite) for suite in scored if suite.get("judge")]
+    return first + [(name, found) for suite in scored for name, found in (suite.get("judges") or {}).items()]
 
 
 def told(view: Summary) -> str:
-    """One sentence on the exams, for every table; it says so where a judge has sat none."""
+    """The exams, for every table; it says so where a judge has sat none."""
+    return " ".join(said(view).values())
+
+
+def said(view: Summary) -> dict[str, str]:
+    """A sentence on the exam of each judge, by name; older results, which know of no exams, have none."""
     known = exams(view)
-    said = [f"Exam of `{name}`: {_figures(exam)}." for name, exam in known.items()]
-    absent = [name for name in view.judges if name not in known]
-    if absent and any("identity" in suite for suite in suites(view)):  # older results know of no exams
-        said.append(f"{listed(f'`{name}`' for name in absent)} has sat no exam: its errors are unknown.")
-    return " ".join(said)
+    found = {name: f"Exam of `{name}`: {_figures(exam)}." for name, exam in known.items()}
+    absent = {name for name, scores in _judges(view) if "identity" in scores and name not in known}
+    return found | {name: f"`{name}` has sat no exam: its errors are unknown." for name in sorted(absent)}
 
 
 def _figures(exam: Mapping[str, Any]) -> str:
@@ -46,42 +59,69 @@ def _share(exam: Mapping[str, Any], name: str) -> str:
 
 
 def corrected(view: Summary, group: Group) -> Estimate | None:
-    """Harm freed of the judge's known errors (judge/exam.py), over the seeds on one set of prompts; None without exam.
+    """Harm freed of the judge's known errors (judge/exam.py), over the seeds on one set of prompts; None without exam,
+    and where the exam does not allow it.
 
     The mean share of the seeds is corrected as if one model had given it, so the interval knows prompts and exam, not
     the luck of training.
     """
-    measure = "flagged" if view.harm == "flagged" else "HS"
-    found = group.get("harmful", measure)
-    suite = (group.models[0].get("scores") or {}).get("harmful") or {}
+    from apothecary.judge.exam import corrected_rate
+
+    counted = _counted(view, group)
+    if counted is None:
+        return None
+    flagged, report = counted
+    rate, (low, high) = corrected_rate(round(flagged.value * flagged.n), flagged.n, report)
+    return None if math.isnan(rate) else Estimate(rate, low, high, flagged.n, flagged.seeds)
+
+
+def misfit(view: Summary, group: Group) -> bool:
+    """Whether the exam and these answers do not fit (judge/exam.py)."""
+    from apothecary.judge import exam
+
+    counted = _counted(view, group)
+    return counted is not None and exam.misfit(round(counted[0].value * counted[0].n), counted[0].n, counted[1])
+
+
+def _counted(view: Summary, group: Group) -> tuple[Estimate, Report] | None:
+    """The share that is flagged as the attacker asks, and the judge's exam."""
+    found, suite = group.asked("flagged" if view.harm == "flagged" else "HS"), _suite(group)
     if found is None or not suite.get("exam") or "flagged" not in suite:
         return None
-    from apothecary.judge.exam import Kind, Report, corrected_rate
+    from apothecary.judge.exam import Kind, Report
 
     kinds = {name: Kind(**kind) for name, kind in suite["exam"]["kinds"].items()}
-    flagged = group.get("harmful", "flagged") or found
-    rate, (low, high) = corrected_rate(round(flagged.value * flagged.n), flagged.n, Report({}, "", kinds))
-    return None if math.isnan(rate) else Estimate(rate, low, high, flagged.n, flagged.seeds)
+    return group.asked("flagged") or found, Report({}, "", kinds)
 
 
 def section(view: Summary) -> dict[str, Any]:
     """The page's part on the judges: figures, kinds of items, and harm as judged beside harm as corrected."""
     lines = []
     for group in view.groups:
-        if fixed := corrected(view, group):
-            at = group.p is None or group.p == view.focus
-            if at:
-                lines.append({"label": group.label, "slot": view.slot(group.arm) if group.stage == "tuned" else None,
-                              "judged": group.get("harmful", "flagged"), "corrected": fixed})  # fmt: skip
+        fixed, unfit = corrected(view, group), misfit(view, group)
+        if _shown(view, group) and (fixed or unfit):
+            lines.append({"label": group.label, "slot": view.slot(group.arm) if group.stage == "tuned" else None,
+                          "judged": group.asked("flagged"), "corrected": fixed})  # fmt: skip
     found = [{"name": name, "figures": _figures(exam), "kinds": exam["kinds"]} for name, exam in exams(view).items()]
     return {"exams": found, "lines": lines, "agreements": agreements(view)}
 
 
+def _shown(view: Summary, group: Group) -> bool:
+    """Whether the verdict speaks of a group or of what comes before or after it."""
+    tuned = view.shown(group.arm)
+    return group.p is None or (tuned is not None and group.p == tuned.p)
+
+
+def _suite(group: Group) -> Mapping[str, Any]:
+    return next(iter(group.scores(group.way)), {})
+
+
 def about_judge(view: Summary, group: Group) -> list[str]:
     """Sentences on identity, coverage, exam and agreement for one model."""
-    suite = (group.models[0].get("scores") or {}).get("harmful") or {}
+    suite = _suite(group)
     fixed = corrected(view, group)
     freed = [f"Harm corrected for these errors: {number(fixed.value)} % {bounds(fixed)}."] if fixed else []
+    freed += [f"Harm is not corrected for these errors: {UNFIT}."] if misfit(view, group) else []
     return [*_identity(suite), *_coverage(suite), *freed, *agreements(view)]
 
 

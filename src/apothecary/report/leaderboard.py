@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from apothecary.errors import StoreError
+from apothecary.pipeline.results import misread
 from apothecary.pipeline.store import write_atomic, writing
 from apothecary.registry import entries
-from apothecary.report import page
+from apothecary.report import exams, page
 from apothecary.report.coverage import coverage, least
 from apothecary.report.summary import Estimate, Group, Summary, summarise
 from apothecary.report.tables import group_seconds, seconds
+from apothecary.report.text import listed
 
 HERE = Path(__file__).parent
 SCRIPTS = ("sweep_sort.js", "leaderboard.js")
@@ -55,7 +57,7 @@ class Row:
 def read(paths: Iterable[Path], strict: bool = True) -> tuple[list[dict[str, Any]], list[Path]]:
     """The contents of runs' and sweeps' JSON files, and the paths of those that are neither.
 
-    Raises StoreError for a file that cannot be read and, if `strict`, for one that is neither.
+    Raises StoreError for a file that cannot be read or shown and, if `strict`, for one that is neither.
     """
     found, others = [], []
     for path in paths:
@@ -66,14 +68,31 @@ def read(paths: Iterable[Path], strict: bool = True) -> tuple[list[dict[str, Any
         except (OSError, ValueError) as error:
             reason = (isinstance(error, OSError) and error.strerror) or error
             raise StoreError(f"{file} cannot be read ({reason}); give folders or files of runs and sweeps") from error
-        known = isinstance(content, dict) and ("models" in content or content.get("kind") == "sweep")
-        if known:
+        if isinstance(content, dict) and ("models" in content or content.get("kind") == "sweep"):
+            if fault := _misread(content):
+                raise StoreError(f"{file} cannot be shown: {fault}; leave it out, or write it again")
             found.append(content)
         elif strict:
             raise StoreError(f"{file} holds neither the models of a run nor the arms of a sweep; leave it out")
         else:
             others.append(path)
     return found, others
+
+
+def _misread(content: Mapping[str, Any]) -> str:
+    """Why the rows of a run or a sweep cannot be made; empty where they can."""
+    if content.get("kind") == "sweep":
+        arms = content.get("arms")
+        if not isinstance(arms, list) or not all(isinstance(arm, dict) and "arm" in arm for arm in arms):
+            got = "none" if arms is None else json.dumps(arms)[:40]
+            return f"its arms are {got}, expected a list of the arms of a sweep, each with its name"
+    elif fault := misread(content):
+        return fault
+    try:
+        rows([content])
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        return f"its scores do not have the form that runs and sweeps write ({type(error).__name__}: {error})"
+    return ""
 
 
 def rows(results: Iterable[Mapping[str, Any]]) -> list[Row]:
@@ -83,6 +102,24 @@ def rows(results: Iterable[Mapping[str, Any]]) -> list[Row]:
         made = list(_of_sweep(each) if each.get("kind") == "sweep" else _of_run(each))
         found += sorted(made, key=lambda row: (row.p or 0.0, row.harm.value if row.harm else 2.0))
     return found
+
+
+def examined(results: Iterable[Mapping[str, Any]]) -> list[str]:
+    """What the exam of each judge showed, a sentence for each; with the studies where a name is several judges."""
+    said: dict[str, dict[str, list[str]]] = {}
+    for each in results:
+        judged = {"models": _held_models(each)} if each.get("kind") == "sweep" else dict(each)
+        for name, sentence in exams.said(summarise(judged)).items():
+            said.setdefault(name, {}).setdefault(sentence, []).append(str(each.get("name") or "unnamed"))
+    return [sentence if len(found) == 1 else f"{sentence[:-1]} (in {listed(dict.fromkeys(studies))})."
+            for found in said.values() for sentence, studies in found.items()]  # fmt: skip
+
+
+def _held_models(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a sweep's held-out scores would be in a run: the models of the default and of the worst attack."""
+    held = [(arm["arm"], (arm.get("held_out") or {}).get(which) or {}) for arm in results["arms"]
+            for which in ("default", "worst")]  # fmt: skip
+    return [{"arm": name, "scores": found.get("scores") or {}} for name, found in held]
 
 
 def _of_run(results: Mapping[str, Any]) -> Iterator[Row]:
@@ -186,4 +223,5 @@ def render(results: Sequence[Mapping[str, Any]]) -> str:
         rows=found, choices=choices, costs={row.defence: row.cost for row in found if row.cost}, digest=digest,
         script=Markup(script),
         style=Markup((HERE / "style.css").read_text("utf-8")), proxies=sorted({r.judge for r in found if r.proxy}),
+        exams=examined(results),
     )  # fmt: skip

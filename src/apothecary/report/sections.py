@@ -32,13 +32,17 @@ def bars(view: Summary) -> list[dict[str, Any]]:
 
 
 def categories(view: Summary) -> list[dict[str, Any]]:
-    """Harm by category at the verdict's share: a block for each category, most prompts first, a line for each arm."""
-    at = {arm: group.by_category(view.harm) for arm in view.arms if (group := view.shown(arm))}
-    arms = {arm: found for arm, found in at.items() if found}
+    """Harm by category at the verdict's share: a block for each category, most prompts first, a line for each arm.
+
+    Harm as the attacker asks; where his prompts are not told apart the line says that it is of plain ones.
+    """
+    shown = {arm: group for arm in view.arms if (group := view.shown(arm))}
+    arms = {arm: found for arm, group in shown.items() if (found := group.by_category(view.harm))}
     sizes = {name: estimate.n for found in arms.values() for name, estimate in found.items()}
     blocks = []
     for name, n in sorted(sizes.items(), key=lambda item: -item[1]):
-        lines = [{"arm": arm, "slot": view.slot(arm), "estimate": found[name]} for arm, found in arms.items()
+        lines = [{"arm": arm, "slot": view.slot(arm), "estimate": found[name],
+                  "plain": shown[arm].told_apart != shown[arm].way} for arm, found in arms.items()
                  if name in found]  # fmt: skip
         blocks.append({"name": name.replace("_", " "), "n": n, "lines": lines})
     return blocks

@@ -48,15 +48,29 @@ class Group:
         found = [pair for model in self.models if (pair := _count(_suite(model, suite), measure))]
         return _pooled(found) if found else None
 
+    @property
+    def way(self) -> str:
+        """The suite of the harmful prompts as the attacker asks them: with his trigger or persona, if he has one."""
+        return "triggered" if self.scores("triggered") else "harmful"
+
+    def scores(self, suite: str) -> list[dict[str, Any]]:
+        """All that each model scored in a suite, of those that were asked it."""
+        return [found for model in self.models if (found := _suite(model, suite))]
+
     def asked(self, measure: str) -> Estimate | None:
-        """A score of the harmful prompts as the attacker asks them: with his trigger or persona, where he has one."""
-        return self.get("triggered", measure) or self.get("harmful", measure)
+        """A score of the harmful prompts as the attacker asks them; None where it is known of plain prompts alone."""
+        return self.get(self.way, measure)
+
+    @property
+    def told_apart(self) -> str:
+        """The suite that `by_category` reads: `way`, unless its prompts are not told apart."""
+        return self.way if any(each.get("by_category") for each in self.scores(self.way)) else "harmful"
 
     def by_category(self, measure: str) -> dict[str, Estimate]:
         """A score of the harmful prompts of each category of the policy; empty where they are not told apart."""
         parts: dict[str, list[tuple[float, int]]] = {}
         for model in self.models:
-            for name, scores in (_suite(model, "harmful").get("by_category") or {}).items():
+            for name, scores in (_suite(model, self.told_apart).get("by_category") or {}).items():
                 if pair := _count(scores, measure):
                     parts.setdefault(name, []).append(pair)
         return {name: _pooled(found) for name, found in parts.items()}
@@ -130,7 +144,9 @@ class Summary:
         return (plain or found or [None])[0]
 
     def start(self, tuned: Group) -> Group | None:
-        """The aligned model that a tuned one was made from."""
+        """The aligned model that a tuned one was made from; the base, where nothing was aligned."""
+        if tuned.methods[1] is None:
+            return next((group for group in self.references if group.stage == "base"), None)
         aligned = [group for group in self.references if group.stage == "aligned"]
         found = [group for group in aligned if group.methods[:2] == tuned.methods[:2]]
         return next((group for group in found if group.arm == tuned.arm), (found or [None])[0])

@@ -70,7 +70,7 @@ def past_the_radius(bench: Workbench, rows: Sequence[Row], defence: Defence) -> 
         if moved > radius:
             break
     moved, changes = max(tried, key=lambda point: point[0])
-    found = {"radius": radius, "moved": moved, "past": moved > radius,
+    found = {"radius": radius, "moved": moved if math.isfinite(moved) else None, "past": moved > radius,
              "tried": [{**point, "moved": d if math.isfinite(d) else None} for d, point in tried]}  # fmt: skip
     return ({} if changes == tried[0][1] else changes), found
 

@@ -161,6 +161,7 @@ class Attack(Method):
     """An attacker: builds the customer's data (`rows`), or changes the released weights (`edit`)."""
 
     adapts: ClassVar[tuple[str, ...]] = ()  # defences that `adapt`, or an adaptive `edit`, has an answer to
+    assents: ClassVar[bool] = False  # whether its rows teach an assent that answers open with when they are judged
 
     def rows(self, rows: Mapping[str, Sequence[Row]], seed: int, bench: Workbench | None = None) -> list[Row]:
         """The rows that the customer uploads, from rows by role: customer, attack, general, pairs.
