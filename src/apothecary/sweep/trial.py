@@ -68,7 +68,7 @@ def work(task: Task) -> Found:
         reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         found = {"state": "failed", "reason": reason}
     here = {"seconds": round(time.perf_counter() - start, 3), "cpu_seconds": round(time.process_time() - spent, 3)}
-    return {"costs": {**here, **peak_memory()}, **found}  # no stage knows what an unfinished trial took
+    return {**found, "costs": {**here, **peak_memory()}}  # stages know neither a look half-way nor what was given up
 
 
 def _run(task: Task, planned: Planned) -> Found:
@@ -84,7 +84,6 @@ def _run(task: Task, planned: Planned) -> Found:
             return {**found, "state": "pruned", "reason": f"harm among the lowest after {seen['step']} of "
                     f"{seen['steps']} steps"}  # fmt: skip
     found |= read(executor.execute(planned.evaluation), task.measure, task.min_coverage, task.details)
-    found["costs"] = _costs(executor)
     found["made"] = made
     return found
 
@@ -128,14 +127,3 @@ def samples(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             found.append({"suite": row["suite"], "prompt": textwrap.shorten(prompt, PROMPT, placeholder="…"),
                           "label": row["label"], "length": len(row["response"])})  # fmt: skip
     return found
-
-
-def _costs(executor: Executor) -> dict[str, float]:
-    """Seconds of the trial's own stages when they were made."""
-    manifests = [record.artifact.manifest for record in executor.records.values() if record.stage.kind not in SERVICE]
-    seconds = sum(manifest["seconds"] for manifest in manifests)
-    return {
-        "seconds": round(seconds, 3),
-        "cpu_seconds": round(sum(manifest.get("cpu_seconds") or 0.0 for manifest in manifests), 3),
-        "peak_memory_mb": max((manifest["peak_memory_mb"] for manifest in manifests), default=0.0),
-    }
