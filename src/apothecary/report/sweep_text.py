@@ -47,7 +47,7 @@ def silence(arm: dict[str, Any]) -> str:
     if late := [name if name == "default" else f"trial {name}" for name in found["held_out"]]:
         parts.append(f"the held-out answers of {listed(late)}")
     known, needed = (f"{100 * found[name]:.0f} %" for name in ("coverage", "needed"))
-    return (f"the judge {found['judge']} gave too few verdicts for {listed(parts)} (lowest {known} of the answers, "
+    return (f"the judge {found['judge']} gave too few verdicts for {listed(parts)} (on as few as {known}, "
             f"{needed} are needed)")  # fmt: skip
 
 
