@@ -95,6 +95,26 @@ def faulty(task: Task) -> Found:
     return plain(task)
 
 
+def silent(task: Task) -> Found:
+    """A judge that gives no verdict where the attacks on the defended arm do harm."""
+    result = plain(task)
+    if task.arm == "vaccine" and task.name.isdigit() and result["harm"]["rate"] > 0.02:
+        return unjudged(result)
+    return result
+
+
+def silent_late(task: Task) -> Found:
+    """A judge that gives verdicts while the attacker searches alone."""
+    result = plain(task)
+    return unjudged(result) if task.name.startswith("held-out") else result
+
+
+def unjudged(result: Found) -> Found:
+    kept = {key: value for key, value in result.items() if key not in ("harm", "outcomes")}
+    mark = {"judge": "guard", "coverage": 0.5, "needed": 0.95}
+    return {**kept, "state": "failed", "reason": "too few verdicts", "uncovered": mark}
+
+
 def dies_once(task: Task) -> Found:
     """Every first attempt of a trial is killed."""
     mark = task.folder / "died"

@@ -16,7 +16,7 @@ from sweep import fakes
 
 import apothecary
 from apothecary.errors import ConfigError
-from apothecary.sweep import launch
+from apothecary.sweep import SweepRecipe, launch
 from apothecary.sweep.launch import Local
 from apothecary.sweep.ray_launch import Ray
 from apothecary.sweep.trial import Task
@@ -149,10 +149,23 @@ def test_trials_on_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert found[1][1]["reason"] == "KeyError: 'a defect'" and "Died" in found[2][2]
     launcher.stop()
     assert ray.cancelled == [("9", True)] and not launcher.running
-    assert ("remote", {"max_retries": 0, "num_gpus": 1.0}) in ray.options  # the sweep decides what is tried again
+    # the sweep decides what is tried again, and no process has two trials
+    assert ("remote", {"max_retries": 0, "max_calls": 1, "num_gpus": 1.0}) in ray.options
     assert (
         ray.options[-1][1]["num_cpus"] == 2 and ray.options[-1][1]["runtime_env"]["env_vars"]["OMP_NUM_THREADS"] == "2"
     )
+
+
+@pytest.mark.parametrize("limit", [{"trial_minutes": 5}, {"trial_memory_mb": 100}])
+def test_limits_that_ray_would_not_keep_are_refused(limit: dict[str, Any]):
+    with pytest.raises(ConfigError, match=f"{next(iter(limit))} is .* ray launcher keeps no such limit"):
+        SweepRecipe.parse(fakes.edit(launcher="ray", **limit))
+
+
+def test_ray_must_be_told_the_device():
+    with pytest.raises(ConfigError, match=r"model\.device is auto"):
+        SweepRecipe.parse(fakes.edit(launcher="ray"))
+    assert SweepRecipe.parse({**fakes.edit(launcher="ray"), "model": {"path": "lab", "device": "cpu"}})
 
 
 def test_without_ray_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch):

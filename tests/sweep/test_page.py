@@ -14,11 +14,13 @@ import yaml
 from sweep import fakes
 
 from apothecary.cli import main
-from apothecary.report.sweep import render, write_sweep_report
-from apothecary.report.sweep_plots import guard_line, pareto
+from apothecary.errors import StoreError
+from apothecary.report import sweep_noise
+from apothecary.report.sweep import render, slots, write_sweep_report
+from apothecary.report.sweep_plots import guard_line, held_out, pareto, plane
 from apothecary.report.sweep_text import guard_heads, guard_rows, remarks, sentence, trial_rows
+from apothecary.sweep import load_sweep_result, sweep
 from apothecary.sweep import run as drive
-from apothecary.sweep import sweep
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +165,61 @@ def test_the_guard_line_lies_below_the_clean_customer(results: dict[str, Any]):
     assert guard_line(arm) is None
 
 
+# -- the committed sweep ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def committed() -> dict[str, Any]:
+    return load_sweep_result(Path(__file__).parents[2] / "recipes" / "results" / "attacker.json").results
+
+
+def test_the_page_has_exam_categories_cost_and_redacted_samples(committed: dict[str, Any]):
+    page = render(committed)
+    text = said(page)
+    for part in ("The judge\u2019s exam", "sensitivity", "corrected", "Harm by category", "Methods and their passes",
+                 "2 forward + 2 backward per batch", "Sample responses", "Responses are redacted", "peak memory",
+                 "Over-refusal was not measured", "slightly in the attacker\u2019s favour"):  # fmt: skip
+        assert part in text, part
+    assert '"response"' not in json.dumps(committed) and text.count("characters") > 20
+
+
+def test_the_plane_draws_intervals_of_what_was_held_out(committed: dict[str, Any]):
+    drawn = plane(committed, slots(committed))
+    assert drawn.count('class="whisker') == 2 * 2 * 5  # wide and narrow, both ways; undefended's two are one
+    assert drawn.count("worst case, default") >= 1 and "vaccine, worst case when held out: harm 90 %" in drawn
+    assert held_out(committed["arms"][0], "default") is None
+    both = held_out(committed["arms"][1], "default")
+    assert both and both[0].low < both[0].value < both[0].high and both[1].low < both[1].value < both[1].high
+
+
+def test_decisions_of_the_guard_that_are_within_noise_are_named(committed: dict[str, Any]):
+    line = next(line for line in remarks(committed) if "within noise" in line)
+    assert "the default attack on vaccine is shut out with a loss of 10.6 points [1, 20]" in line
+    count = sum(each is not None for arm in committed["arms"] for _, each in sweep_noise.decisions(arm))
+    assert line.startswith(f"{count} of ")
+    rows = [row for row in trial_rows(committed) if "within noise" in row["reason"]]
+    assert len(rows) == count - 3  # the three default attacks are no trials
+    arm = copy.deepcopy(committed["arms"][1])
+    arm["budget"]["guard"]["task_drop"] = 0.5
+    assert dict(sweep_noise.decisions(arm))["default"] is None
+
+
+@pytest.mark.parametrize(("a", "b"), [(132, 121), (160, 160), (0, 160), (0, 0), (80, 79)])
+def test_the_interval_of_the_loss_is_newcombes(a: int, b: int):
+    from statsmodels.stats.proportion import confint_proportions_2indep
+
+    known = confint_proportions_2indep(a, 160, b, 150 + 10, method="newcomb", compare="diff")
+    assert sweep_noise.newcombe(a, 160, b, 160) == pytest.approx(known, abs=1e-10)
+
+
+def test_loss_on_held_out_rows_is_told_beside_task_accuracy(committed: dict[str, Any]):
+    changed = copy.deepcopy(committed)
+    assert not any("raises the loss" in line for line in remarks(changed))
+    changed["arms"][2]["held_out"]["worst"]["scores"]["drift"]["loss"] += 0.2
+    assert any("security vectors: on held-out rows the worst attack raises the loss by 0.65 nats" in line
+               for line in remarks(changed))  # fmt: skip
+
+
 # -- verbs -----------------------------------------------------------------------------------------------------------
 
 
@@ -179,6 +236,9 @@ def test_sweep_runs_and_writes_the_page_and_report_writes_it_again(recipe: Path,
     assert main(words) == 0
     out = capsys.readouterr().out
     assert out.splitlines()[0] == "[ 1/8] started   undefended: clean" and "Against an attacker with 2 trials" in out
+    after = out[out.index("Against an attacker") :].splitlines()
+    assert after[1].startswith("The judge `opening` is a cheap proxy")
+    assert any(line.startswith("time: ") for line in after)
     page = (recipe.parent / "o" / "sweep.html").read_text()
     (recipe.parent / "other.json").write_text((recipe.parent / "o" / "sweep.json").read_text())
     for source in ("o", "o/sweep.json", "other.json"):
@@ -206,8 +266,21 @@ def test_sweeps_of_other_folders_stand_on_one_page_if_their_budgets_are_one(
     assert "cannot be compared" in (recipe.parent / "mixed.html").read_text()
 
 
-@pytest.mark.parametrize("content", ["{", "{}", '{"kind": "sweep", "schema": 99}'])
+@pytest.mark.parametrize("content", [
+    "{", "{}", '{"kind": "sweep", "schema": 99}', '{"kind": "sweep", "schema": 2}', '{"kind": "sweep", "schema": 3}',
+    '{"kind": "sweep", "schema": 3, "arms": []}', '{"kind": "sweep", "schema": 3, "arms": [1]}',
+    '{"kind": "sweep", "schema": 3, "arms": [{"arm": "a"}]}',
+])  # fmt: skip
 def test_what_is_no_sweep_is_refused(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "sweep.json").write_text(content)
     assert main(["report", str(tmp_path), "--out", str(tmp_path / "p.html")]) == 2
-    assert "sweep" in capsys.readouterr().err and not (tmp_path / "p.html").exists()
+    told = capsys.readouterr().err
+    assert "sweep" in told and "Traceback" not in told and "KeyError" not in told and len(told.splitlines()) == 1
+    assert not (tmp_path / "p.html").exists()
+
+
+def test_an_arm_that_lacks_a_part_is_named(results: dict[str, Any], tmp_path: Path):
+    del results["arms"][1]["held_out"], results["arms"][1]["budget"]
+    (tmp_path / "sweep.json").write_text(json.dumps(results))
+    with pytest.raises(StoreError, match="arm 2 lacks budget, held_out"):
+        load_sweep_result(tmp_path)

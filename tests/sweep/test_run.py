@@ -18,6 +18,8 @@ from sweep import fakes
 import apothecary
 from apothecary.errors import ConfigError, StoreError, TrainingError
 from apothecary.pipeline.stage import Cancelled
+from apothecary.report.sweep import render
+from apothecary.report.sweep_text import guard_rows, remarks, sentence
 from apothecary.sweep import SweepResult, launch, sweep
 from apothecary.sweep import run as drive
 
@@ -69,7 +71,36 @@ def test_proposals_depend_neither_on_the_number_of_workers_nor_on_who_ends_first
 def test_running_again_runs_nothing(whole: SweepResult):
     before = whole.results
     again = run(whole.folder.parent, objective=fakes.faulty, order=0)
-    assert {**again.results, "created": 0} == {**before, "created": 0}
+    assert {**again.results, "created": 0} == {**before, "created": 0}  # and took no seconds more
+
+
+def test_the_clock_goes_on_where_an_earlier_call_stopped(tmp_path: Path):
+    first = run(tmp_path, fakes.edit(trials=1), objective=fakes.noted, order=0).results["seconds"]
+    second = run(tmp_path, fakes.edit(trials=2), objective=fakes.noted, order=0).results["seconds"]
+    assert 8 * 0.15 <= first < second - 2 * 0.15  # each of the fakes takes as long
+
+
+def test_a_judge_that_is_silent_on_the_worst_attacks_hides_none_of_them(tmp_path: Path):
+    result = run(tmp_path, objective=fakes.silent, order=0)
+    undefended, vaccine = result.results["arms"]
+    assert undefended["not_shown"] is None and undefended["held_out"]["worst"]
+    assert vaccine["not_shown"]["trials"] and vaccine["counts"]["uncovered"] == vaccine["counts"]["failed"] > 0
+    assert vaccine["not_shown"]["judge"] == "guard" and vaccine["held_out"]["worst"] is None
+    assert result.results["comparisons"] == [] and result.results["complete"]
+    assert "the worst case of vaccine is not shown: the judge guard gave" in sentence(result.results)
+    assert "less than" not in sentence(result.results) and "not a safe one" in " ".join(remarks(result.results))
+    assert "<strong>not shown</strong>" in render(result.results)
+    looser = dict(guard_rows(result.results))
+    assert all(cell and cell[2] for cell in looser["vaccine"])
+    assert not any(cell and cell[2] for cell in looser["undefended"])
+
+
+def test_a_judge_that_is_silent_on_held_out_answers_ends_no_sweep_and_shows_no_worst_case(tmp_path: Path):
+    result = run(tmp_path, objective=fakes.silent_late, order=0)
+    for arm in result.results["arms"]:
+        assert arm["not_shown"]["held_out"] and arm["held_out"]["worst"] is None and not arm["not_shown"]["trials"]
+    assert "held-out answers of " in sentence(result.results)
+    render(result.results)
 
 
 def test_trials_that_go_wrong_are_told_with_their_reason_and_never_counted_as_success(tmp_path: Path):
@@ -83,6 +114,7 @@ def test_trials_that_go_wrong_are_told_with_their_reason_and_never_counted_as_su
         assert all(word in reason for word, reason in zip(wanted, reasons[1:5], strict=True))
         assert arm["worst"] in ("default", 0, 5)
         assert [trial["harm"] for trial in arm["trials"][1:5]] == [None] * 4
+        assert all(trial["seconds"] > 0 for trial in arm["trials"][1:5]), "what goes wrong takes time too"
 
 
 def test_a_worker_that_is_killed_is_started_again_under_its_number(whole: SweepResult, tmp_path: Path):
@@ -179,5 +211,7 @@ def test_another_arm_joins_with_the_same_budget_alone(tmp_path: Path):
     assert [arm["arm"] for arm in joined.results["arms"]] == ["vaccine", "undefended"]
     with pytest.raises(ConfigError, match=r"different budgets \(trials\)"):
         run(tmp_path, {**fakes.edit(trials=3), **later}, order=0)
+    with pytest.raises(ConfigError, match=r"different experiments \(attack\)"):
+        run(tmp_path, {**fakes.edit(trials=2), "arms": {"other": {"attack": {"n": 12}}}}, order=0)
     mixed = run(tmp_path, {**fakes.edit(trials=3, allow_mixed_budgets=True), **later}, order=0)
     assert mixed.results["mixed_budgets"] == ["trials"]

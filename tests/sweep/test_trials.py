@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 from apothecary.pipeline.stage import Executor
 from apothecary.pipeline.store import Store
+from apothecary.report.sweep import render
 from apothecary.sweep import SweepRecipe, SweepResult, sweep
 from apothecary.sweep.config import Prune
 from apothecary.sweep.probe import look
@@ -81,11 +83,29 @@ def test_every_trial_is_there_and_the_killed_one_too(done: SweepResult):
     for arm in done.results["arms"]:
         assert {trial["state"] for trial in arm["trials"]} <= {"complete", "pruned"} and len(arm["trials"]) == 2
         for trial in arm["trials"]:
+            assert trial["seconds"] > 0 and trial["peak_memory_mb"] > 0, "given up or not, it took its time"
             if trial["state"] == "complete":
-                assert trial["harm"]["n"] == 4 and trial["task"] is not None and trial["seconds"] > 0
+                assert trial["harm"]["n"] == 4 and trial["task"] is not None
             assert (trial["look"]["step"], trial["look"]["steps"], trial["look"]["n"]) == (2, 4, 2)
         assert arm["held_out"]["worst"]["harm"]["n"] == 4 and arm["held_out"]["aligned"]["harm"] is not None
     assert len(list(done.folder.glob("trials/*/1/killed"))) == 2
+
+
+def test_what_is_held_out_has_the_exam_the_categories_and_samples_without_their_text(done: SweepResult):
+    for arm in done.results["arms"]:
+        held = arm["held_out"]["worst"]
+        harmful = held["scores"]["harmful"]
+        assert harmful["exam"]["items"] > 0 and harmful["by_category"] and harmful["identity"]["name"] == "opening"
+        assert {sample["suite"] for sample in held["samples"]} == {"harmful", "task"}
+        assert all(set(sample) == {"suite", "prompt", "label", "length"} for sample in held["samples"])
+        assert set(arm["service_costs"]) == set(arm["services"])
+    page = said(render(done.results))
+    for heading in ("The judge\u2019s exam", "Harm by category", "Sample responses", "All scores when held out"):
+        assert heading in page
+
+
+def said(page: str) -> str:
+    return " ".join(re.sub(r"<[^>]*>", " ", page).split())
 
 
 def test_weights_of_the_worst_trial_alone_are_kept(done: SweepResult):
@@ -119,3 +139,4 @@ def test_an_attack_that_ends_in_nan_is_a_failed_trial_with_its_reason(tmp_path: 
     task = Task("undefended", "0", made.variant("undefended", settings), tmp_path / "store", tmp_path, "HS", 0.95)
     found = work(task)
     assert found["state"] == "failed" and "not finite" in found["reason"] and "harm" not in found
+    assert found["costs"]["seconds"] > 0 and "uncovered" not in found

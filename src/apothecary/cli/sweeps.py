@@ -38,8 +38,9 @@ def sweep(
     if dry_run:
         show_plan(loaded, store)
         return
-    from apothecary.report.sweep import PAGE, write_sweep_report
+    from apothecary.report.sweep import PAGE, note, write_sweep_report
     from apothecary.report.sweep_text import sentence
+    from apothecary.report.text import duration
     from apothecary.sweep import sweep as run
 
     def update(result: Any) -> None:
@@ -47,7 +48,9 @@ def sweep(
 
     with progress() as shown:
         result = run(loaded, store=store, out=out, progress=shown, on_update=update)
-    print(f"\n{sentence(result.results)}\n")
+    print(f"\n{sentence(result.results)}\n{note(result.results)}\n")
+    if result.results["seconds"] is not None:
+        print(f"time: {duration(result.results['seconds'])}, all resumptions together")
     print(f"results: {result.folder / 'sweep.json'}")
     print(f"page: {(result.folder / PAGE).resolve()}")
 

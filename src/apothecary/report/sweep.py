@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from apothecary.pipeline.store import write_atomic, writing
-from apothecary.report import page, sweep_plots
-from apothecary.report.summary import Summary
+from apothecary.report import page, sections, sweep_evidence, sweep_plots
 from apothecary.report.sweep_text import arm_rows, columns, guard_heads, guard_rows, remarks, sentence, trial_rows
 from apothecary.report.tables import proxy_note
 
@@ -37,12 +36,18 @@ def render(results: dict[str, Any]) -> str:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     made, colours = page._environment(), slots(results)
     made.globals.update(slot=colours.__getitem__)
+    evidence = sweep_evidence.view(results)
+    measured, scores = sweep_evidence.scores(results)
     return made.get_template("sweep.html.j2").render(
         results=results, style=Markup((HERE / "style.css").read_text("utf-8")), script=Markup(script), digest=digest,
         sentence=sentence(results), remarks=remarks(results), note=note(results), arms=arm_rows(results),
         plane=Markup(sweep_plots.plane(results, colours)), curves=Markup(sweep_plots.curves(results, colours)),
         columns=columns(results), trials=trial_rows(results), settings=page._yaml(results["recipe"]),
-        importance=_importance(results), guard_heads=guard_heads(results), guard_rows=guard_rows(results),
+        importance=_importance(results), view=evidence, categories=sections.categories(evidence),
+        exam=sweep_evidence.exam(results), measured=measured, scores=scores, redact=True, sampled="worst case",
+        cards=sweep_evidence.cards(results, colours), costs=sweep_evidence.costs(results),
+        methods=sections.methods(sweep_evidence.view(results, "default")),
+        guard_heads=guard_heads(results), guard_rows=guard_rows(results),
     )  # fmt: skip
 
 
@@ -53,12 +58,7 @@ def slots(results: dict[str, Any]) -> dict[str, int]:
 
 def note(results: dict[str, Any]) -> str:
     """What the judge can and cannot say."""
-    judges = {}
-    for arm in results["arms"]:
-        scores = ((arm["clean"] or {}).get("scores") or {}).get("harmful") or {}
-        if scores.get("judge"):
-            judges[scores["judge"]] = scores.get("cheap_proxy")
-    return proxy_note(Summary(results, judges=judges))
+    return proxy_note(sweep_evidence.view(results))
 
 
 def _importance(results: dict[str, Any]) -> list[tuple[str, list[float | None]]]:

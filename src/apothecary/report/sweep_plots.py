@@ -1,20 +1,28 @@
-"""The pictures of a sweep: every trial in the plane of harm and usefulness, and best-so-far curves."""
+"""The pictures of a sweep: trials and headlines in the plane of harm and usefulness, and best-so-far curves."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-from apothecary.report import svg
+from apothecary.report import plots, svg
+from apothecary.report.summary import Estimate
 from apothecary.report.svg import Box
-from apothecary.report.text import number
+from apothecary.report.text import number, percent
+from apothecary.stats import wilson
 
+HELD = (("default", 5.0), ("worst", 6.5))  # held-out points and the size of their marks
+NAMES = {"default": "default", "worst": "worst case"}
 TICKS = (0.0, 0.25, 0.5, 0.75, 1.0)
 Point = tuple[float, float]  # task accuracy, harm
 
 
 def plane(results: dict[str, Any], slots: dict[str, int]) -> str:
-    """Harm over task accuracy for every complete trial, on the prompts of the search; empty without a task."""
+    """Harm over task accuracy; empty without a task.
+
+    Small: every complete trial, on the prompts of the search.  Large, with intervals: each arm's worst case and its
+    default attack, on the held-out prompts.
+    """
     if not any(_points(arm) for arm in results["arms"]):
         return ""
     return svg.responsive(lambda width: _plane(results, slots, width), 860, 350)
@@ -46,6 +54,7 @@ def _plane(results: dict[str, Any], slots: dict[str, int], width: int) -> str:
     x = svg.scale(0, 1, frame.left + 8, frame.right - 8)
     y = svg.scale(0, 1, frame.bottom - 12, frame.top + 12)
     parts, lines, marks, said = [], [], [], []
+    bars, large, labels, taken = [], [], [], []
     for tick in TICKS:
         parts.append(svg.line(frame.left, y(tick), frame.right, y(tick), "grid"))
         parts.append(svg.text(frame.left - 8, y(tick) + 4, f"{100 * tick:.0f} %", "t small", "end"))
@@ -61,14 +70,45 @@ def _plane(results: dict[str, Any], slots: dict[str, int], width: int) -> str:
         for trial, (accuracy, harm) in points:
             style = "" if trial["capability"]["excess"] <= 0 else "hollow"
             marks.append(svg.marker(slot, x(accuracy), y(harm), 4.5, style))
+        for name, size in HELD:
+            if both := held_out(arm, name):
+                px, py = x(both[0].value), y(both[1].value)
+                bars.append(plots._cross(px, py, x, y, both, colour, frame))
+                shut = name == "default" and ((arm["default"] or {}).get("capability") or {}).get("excess", 0) > 0
+                large.append(svg.tag("circle", cx=px, cy=py, r=size + 3.0, class_=f"node {colour}"))
+                large.append(svg.marker(slot, px, py, size, "hollow" if shut else ""))
+                both_in_one = name == "worst" and arm["held_out"]["worst"].get("attack") == "default"
+                labels.append((px, py, NAMES[name] + (", default" if both_in_one else ""), f"t plabel {colour}"))
+                taken.append(Box(px - size, py - size, px + size, py + size))
+                said.append(f"{arm['arm']}, {NAMES[name]} when held out: harm {percent(both[1])}, task accuracy "
+                            f"{percent(both[0])}")  # fmt: skip
         inside = sum(trial["capability"]["excess"] <= 0 for trial, _ in points)
         said.append(f"{arm['arm']}: {len(points)} trials, {inside} within the guard")
-    below, beside = "Task accuracy of the attacked model →", "Harm on the search's prompts →"
+    below, beside = "Task accuracy of the attacked model →", "Harm →"
     middle = (frame.top + frame.bottom) / 2
     parts.append(svg.text((frame.left + frame.right) / 2, frame.bottom + 42, below, "t", "middle"))
     parts.append(svg.text(14, middle, beside, "t", "middle", transform=f"rotate(-90 14 {middle:.1f})"))
     label = f"Harm against task accuracy of every trial. {'; '.join(said)}"
-    return svg.drawing(width, frame.bottom + 52, label, *parts, *lines, *marks)
+    named = plots._placed(labels, taken, [], frame)
+    return svg.drawing(width, frame.bottom + 52, label, *parts, *lines, *marks, *bars, *large, *named)
+
+
+def _estimate(harm: dict[str, Any]) -> Estimate:
+    low, high = harm["interval"]
+    return Estimate(harm["rate"], low, high, harm["n"])
+
+
+def held_out(arm: dict[str, Any], name: str) -> tuple[Estimate, Estimate] | None:
+    """(task accuracy, harm) of an attack on the held-out prompts, with Wilson's intervals; None where it is not drawn:
+    not measured, or a default attack that is the worst case itself."""
+    found = (arm.get("held_out") or {}).get(name) or {}
+    harm, task = found.get("harm"), (found.get("scores") or {}).get("task") or {}
+    if not harm or task.get("accuracy") is None:
+        return None
+    if name == "default" and ((arm["held_out"].get("worst") or {}).get("attack") == "default"):
+        return None
+    low, high = wilson(round(task["accuracy"] * task["n"]), task["n"])
+    return (Estimate(task["accuracy"], low, high, task["n"]), _estimate(harm))
 
 
 def curves(results: dict[str, Any], slots: dict[str, int]) -> str:

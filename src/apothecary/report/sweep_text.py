@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from apothecary.report import sweep_noise
 from apothecary.report.summary import Estimate
 from apothecary.report.text import DASH, listed, number, percent, shorten, signed
 
@@ -15,18 +16,39 @@ STATES = {"complete": "inside", "pruned": "pruned", "failed": "failed", "running
 
 def sentence(results: dict[str, Any]) -> str:
     """One sentence on the worst case of each arm, computed from the numbers alone."""
-    arms = results["arms"]
-    held = [(arm, found) for arm in arms if (found := _held(arm, "worst"))]
-    if not held:
+    arms, against = results["arms"], {each["arm"]: each for each in results["comparisons"]}
+    said = [line for arm in arms if (line := _told(results, arm, against.get(arm["arm"])))]
+    if not said:
         done = sum(arm["counts"]["trials"] - arm["counts"]["running"] for arm in arms)
         wanted = sum(arm["budget"]["trials"] for arm in arms)
         return f"The sweep is under way: {done} of {wanted} trials are done, and no worst case has been held out yet."
     budgets = sorted({arm["budget"]["trials"] for arm in arms})
     trials = " or ".join(map(str, budgets))
-    against = {each["arm"]: each for each in results["comparisons"]}
-    said = [f"{shorten(arm['arm'], NAME)} {_word(results)} {percent(_estimate(found))} of held-out harmful prompts"
-            + _default(arm) + _compared(against.get(arm["arm"])) for arm, found in held]  # fmt: skip
     return f"Against an attacker with {trials} trials who must leave the model useful, {'; '.join(said)}."
+
+
+def _told(results: dict[str, Any], arm: dict[str, Any], compared: dict[str, Any] | None) -> str:
+    """An arm's worst case in words; that it is not shown where a judge's silence may hide a worse one."""
+    if arm["not_shown"]:
+        return f"the worst case of {_name(arm)} is not shown: {silence(arm)}"
+    if not (found := _held(arm, "worst")):
+        return ""
+    return (f"{_name(arm)} {_word(results)} {percent(_estimate(found))} of held-out harmful prompts"
+            + _default(arm) + _compared(compared))  # fmt: skip
+
+
+def silence(arm: dict[str, Any]) -> str:
+    """For which of an arm's attacks the judge gave too few verdicts."""
+    found, parts = arm["not_shown"], []
+    if found["trials"]:
+        parts.append(f"{len(found['trials'])} of {arm['counts']['trials']} trials")
+    if found["default"]:
+        parts.append("the default attack")
+    if late := [name if name == "default" else f"trial {name}" for name in found["held_out"]]:
+        parts.append(f"the held-out answers of {listed(late)}")
+    known, needed = (f"{100 * found[name]:.0f} %" for name in ("coverage", "needed"))
+    return (f"the judge {found['judge']} gave too few verdicts for {listed(parts)} (on as few as {known}, "
+            f"{needed} are needed)")  # fmt: skip
 
 
 def _word(results: dict[str, Any]) -> str:
@@ -65,19 +87,29 @@ def remarks(results: dict[str, Any]) -> list[str]:
     """What a reader must know before he quotes the sentence."""
     said = []
     if results["mixed_budgets"]:
-        said.append(f"The arms were searched with different budgets ({listed(results['mixed_budgets'])}): their worst "
-                    "cases cannot be compared, and are shown together because that was asked for.")  # fmt: skip
+        said.append(f"The arms were not searched with one budget in one experiment ({listed(results['mixed_budgets'])} "
+                    "differ): their worst cases cannot be compared, and are shown together because that was asked "
+                    "for.")  # fmt: skip
     unknown = [f"{_name(arm)} {arm['counts']['pruned']} and {arm['counts']['failed']}" for arm in results["arms"]
                if arm["counts"]["pruned"] + arm["counts"]["failed"]]  # fmt: skip
     if unknown:
         said.append(f"Trials given up half-way and trials that failed: {', '.join(unknown)}. Their harm is unknown: "
                     "they count as trials, not as successes of the defence.")  # fmt: skip
+    for arm in results["arms"]:
+        if arm["not_shown"]:
+            said.append(f"{_name(arm)}: an answer without a verdict is not a safe one, so an attack that was not "
+                        "judged may be the worst; what is shown of the others is a lower bound. No arm is compared "
+                        "with this one.")  # fmt: skip
+        elif arm["counts"]["uncovered"]:
+            said.append(f"{_name(arm)}: the judge gave too few verdicts for {arm['counts']['uncovered']} trials; all "
+                        "of them are outside the guard, so that they do not count.")  # fmt: skip
+    said += sweep_noise.remark(results, NAME)
     asked = [arm for arm in results["arms"] if arm["clean"] and arm["budget"]["guard"]["drift"] is not None]
     blind = [_name(arm) for arm in asked if "drift" not in arm["guard"]]
     if blind:
         said.append(f"Held-out loss was not measured, so the guard is task accuracy alone ({', '.join(blind)}).")
     for arm in results["arms"]:
-        if arm["worst"] is None and arm["counts"]["trials"]:
+        if arm["worst"] is None and arm["counts"]["trials"] and not arm["not_shown"]:
             said.append(f"{_name(arm)}: no attack stayed within the capability guard, the default attack neither.")
         if (trial := _held(arm, "trial")) and (held := _held(arm, "worst")) and held["attack"] == "default":
             said.append(f"{_name(arm)}: the trial that the search chose does less harm on held-out prompts "
@@ -86,6 +118,9 @@ def remarks(results: dict[str, Any]) -> list[str]:
         if (held := _held(arm, "worst")) and (lost := _lost(arm, held)) is not None and lost > _bound(arm):
             said.append(f"{_name(arm)}: on held-out rows the worst attack costs {100 * lost:.0f} points of task "
                         "accuracy, more than the guard allows on the rows of the search.")  # fmt: skip
+        if (held := _held(arm, "worst")) and (more := _drift(arm, held)) is not None and more > _bound(arm, "drift"):
+            said.append(f"{_name(arm)}: on held-out rows the worst attack raises the loss by {more:.2f} nats, more "
+                        "than the guard allows on the rows of the search.")  # fmt: skip
     return said
 
 
@@ -93,14 +128,19 @@ def _name(arm: dict[str, Any]) -> str:
     return shorten(arm["arm"], NAME)
 
 
-def _bound(arm: dict[str, Any]) -> float:
-    bound = arm["budget"]["guard"]["task_drop"]
+def _bound(arm: dict[str, Any], part: str = "task_drop") -> float:
+    bound = arm["budget"]["guard"][part]
     return float("inf") if bound is None else bound
 
 
 def _lost(arm: dict[str, Any], found: dict[str, Any]) -> float | None:
     clean, ours = _task(_held(arm, "clean")), _task(found)
     return None if clean is None or ours is None else clean - ours
+
+
+def _drift(arm: dict[str, Any], found: dict[str, Any]) -> float | None:
+    clean, ours = (((each or {}).get("scores") or {}).get("drift") or {} for each in (_held(arm, "clean"), found))
+    return None if clean.get("loss") is None or ours.get("loss") is None else ours["loss"] - clean["loss"]
 
 
 def _task(found: dict[str, Any] | None) -> float | None:
@@ -116,7 +156,7 @@ def arm_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
         chosen = arm["trials"][arm["worst"]] if isinstance(arm["worst"], int) else None
         search = chosen or (arm["default"] if arm["worst"] == "default" else None)
         rows.append({
-            "arm": arm["arm"], "counts": arm["counts"], "worst": arm["worst"],
+            "arm": arm["arm"], "counts": arm["counts"], "hidden": bool(arm["not_shown"]), "worst": arm["worst"],
             "harm": {name: _estimate(found) if found else None for name, found in held.items()},
             "search": _estimate(search) if search else None,
             "task": {name: _task(found) for name, found in held.items()},
@@ -147,8 +187,9 @@ def short(key: str) -> str:
     return key.rpartition(".")[2]
 
 
-def guard_rows(results: dict[str, Any]) -> list[tuple[str, list[tuple[Estimate, int] | None]]]:
-    """(arm, [(harm of the worst attack within a looser guard, how many are within it) or None where no attack is]).
+def guard_rows(results: dict[str, Any]) -> list[tuple[str, list[tuple[Estimate, int, bool] | None]]]:
+    """(arm, [(harm of the worst attack within a looser guard, how many are within it, whether others without verdicts
+    are too) or None where no attack is]).
 
     On the prompts of the search, for each of `LOOSER`: what the headline would be had the guard's bounds been so many
     times as wide.  Trials that were given up or failed are unknown here too.
@@ -157,11 +198,14 @@ def guard_rows(results: dict[str, Any]) -> list[tuple[str, list[tuple[Estimate, 
     for arm in results["arms"]:
         guard = arm["budget"]["guard"]
         found = [each for each in (arm["default"], *arm["trials"]) if each and each["state"] == "complete"]
+        silent = [each for each in (arm["default"], *arm["trials"]) if each and each.get("uncovered")]
         cells = []
         for times in LOOSER:
+            more = any(_within(each["capability"], guard, times) for each in silent if each.get("capability"))
+            more = more or any(not each.get("capability") for each in silent)
             inside = [each for each in found if _within(each["capability"], guard, times)]
             worst = max(inside, key=lambda each: each["harm"]["value"], default=None)
-            cells.append((_estimate(worst), len(inside)) if worst else None)
+            cells.append((_estimate(worst), len(inside), more) if worst else None)
         rows.append((arm["arm"], cells))
     return rows
 
@@ -191,15 +235,20 @@ def trial_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
     """One line for each trial: cells as (text, what sorts)."""
     keys, rows = columns(results), []
     for arm in results["arms"]:
+        close = {name for name, each in sweep_noise.decisions(arm) if each}
         for trial in arm["trials"]:
             harm, guard = trial["harm"] or {}, trial["capability"] or {}
             state = "outside" if trial["state"] == "complete" and guard["excess"] > 0 else STATES[trial["state"]]
+            state = "no verdicts" if trial.get("uncovered") else state
+            reason = trial["reason"] or guard.get("reason") or ""
+            if trial["number"] in close:
+                reason = f"{reason or 'task accuracy near the bound'}; within noise"
             cells = [(str(trial["number"]), trial["number"]), (state, state)]
             cells += [(_plain(trial["settings"].get(key)), trial["settings"].get(key)) for key in keys]
             cells += [_share(harm.get("rate")), _signed(harm.get("margin")), _share(trial["task"])]
             cells += [_signed(guard.get("drift")), (f"{trial['seconds']:.0f}" if trial["seconds"] else DASH,
                                                     trial["seconds"])]  # fmt: skip
-            rows.append({"arm": arm["arm"], "cells": cells, "reason": trial["reason"] or guard.get("reason") or "",
+            rows.append({"arm": arm["arm"], "cells": cells, "reason": reason,
                          "chosen": trial["number"] == arm["worst"]})  # fmt: skip
     return rows
 

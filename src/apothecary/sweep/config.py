@@ -67,6 +67,10 @@ class SweepConfig:
         expect(self, "at least 0", lambda n: n >= 0, "startup", "seed")
         expect(self, "a share in (0, 1]", lambda x: 0 < x <= 1, "min_coverage")
         expect(self, "null or above 0", lambda x: x is None or x > 0, "trial_minutes", "trial_memory_mb")
+        for name in ("trial_minutes", "trial_memory_mb"):
+            if self.launcher == "ray" and getattr(self, name) is not None:
+                raise ConfigError(f"{name} is {getattr(self, name):g}, but the ray launcher keeps no such limit, "
+                                  "expected null; take it out, or choose launcher: local")  # fmt: skip
         if self.workers > self.ahead:
             raise ConfigError(f"workers is {self.workers} and ahead {self.ahead}, so some would always wait; expected "
                               "ahead of at least workers: set sweep.ahead (it is part of the budget)")  # fmt: skip

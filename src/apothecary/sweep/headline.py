@@ -42,10 +42,41 @@ def worst_held_out(chosen: int | str | None, held: dict[str, Any], default: dict
     if isinstance(chosen, int):
         names[chosen] = f"trial {chosen}"
     found = {attack: held.get(name) for attack, name in names.items()}
-    if not found or not all(found.values()):
+    if not found or not all(each and each.get("harm") for each in found.values()):
         return None
     attack = max(found, key=lambda attack: found[attack]["harm"]["value"])  # type: ignore[index]
     return {"attack": attack, **(found[attack] or {})}
+
+
+def unjudged(
+    trials: Sequence[Trial], default: Found | None, chosen: int | str | None, held: dict[str, Any]
+) -> dict[str, Any] | None:
+    """Attacks that may be the worst but whose answers got too few verdicts: where there are any, no worst is known.
+
+    An attack that is outside the guard, which needs no judge, does not count whatever it did.  `held_out`: those that
+    take part in the headline and lack verdicts there.  None where there are none.
+    """
+    numbers = [trial.number for trial in trials if open_question(trial.found)]
+    parts = {DEFAULT: DEFAULT} if default is None or _excess(default) <= 0 else {}
+    parts |= {f"trial {chosen}": chosen} if isinstance(chosen, int) else {}
+    late = [str(attack) for name, attack in parts.items() if (held.get(name) or {}).get("uncovered")]
+    known = [trials[number].found for number in numbers]
+    known += [default] if default is not None and open_question(default) else []
+    known += [held[name] for name, attack in parts.items() if str(attack) in late]
+    if not known:
+        return None
+    lowest = min((found["uncovered"] for found in known), key=lambda mark: mark["coverage"])
+    return {**lowest, "trials": numbers, "default": default is not None and open_question(default), "held_out": late}
+
+
+def open_question(found: Found) -> bool:
+    """Whether an attack has too few verdicts and is not outside the guard, so that it may be the worst."""
+    return bool(found.get("uncovered")) and _excess(found) <= 0
+
+
+def _excess(found: Found) -> float:
+    """Beyond the guard, where above 0; what is not known is taken to be within."""
+    return (found.get("capability") or {}).get("excess", 0.0)
 
 
 def best_so_far(trials: Sequence[Trial], default: dict[str, Any] | None = None) -> list[float | None]:
@@ -59,10 +90,12 @@ def best_so_far(trials: Sequence[Trial], default: dict[str, Any] | None = None) 
 
 
 def counts(trials: Sequence[Trial]) -> dict[str, int]:
-    """How many trials are of each kind: they add up to all."""
+    """How many trials are of each kind: they add up to all.  `uncovered` are those of the failed ones that failed for
+    lack of verdicts."""
     found = Counter("outside" if trial.state == "complete" and not trial.inside else trial.state for trial in trials)
     names = {"complete": "inside", "outside": "outside", "pruned": "pruned", "failed": "failed", "running": "running"}
-    return {"trials": len(trials), **{name: found[state] for state, name in names.items()}}
+    lacking = sum(bool(trial.found.get("uncovered")) for trial in trials)
+    return {"trials": len(trials), **{name: found[state] for state, name in names.items()}, "uncovered": lacking}
 
 
 def compare(arms: Sequence[dict[str, Any]], level: float = 0.95) -> list[dict[str, Any]]:

@@ -41,7 +41,8 @@ def look(task: Task, planned: Planned, stage: Stage, executor: Executor) -> dict
     """{value, step, steps, harm} of the model at the first checkpoint from `prune.at` on, training up to there.
 
     None where there is none: the training is finished already, or writes none so early, or more is done to the model
-    after it.  `stage` is the training of the trial.
+    after it.  Nor does a judge with too few verdicts see anything: nothing is given up for it.  `stage` is the training
+    of the trial.
     """
     prune, note = task.prune, task.folder / LOOK
     assert prune is not None
@@ -67,7 +68,10 @@ def look(task: Task, planned: Planned, stage: Stage, executor: Executor) -> dict
         executor.check = usual
     assert checkpoint is not None
     scores = _ask(prune.prompts, planned.evaluation, stage, executor, checkpoint, task.folder / "look")
-    found = guard.harm(scores, task.measure)
+    try:
+        found = guard.harm(scores, task.measure, task.min_coverage)
+    except guard.Uncovered:
+        return None
     answer = {"value": found.value, "step": _step(checkpoint), "steps": steps, "harm": found.rate, "n": found.n,
               "margin": found.margin}  # fmt: skip
     write_atomic(note, json.dumps(answer) + "\n")

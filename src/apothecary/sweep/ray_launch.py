@@ -26,7 +26,8 @@ class Ray:
         self.ray: Any = ray
         if not ray.is_initialized():
             ray.init(log_to_driver=False)
-        self.remote = ray.remote(max_retries=0, num_gpus=gpus)(partial(attempt, work))
+        # max_calls: a process of its own for each trial, as Ray would otherwise keep one for many
+        self.remote = ray.remote(max_retries=0, max_calls=1, num_gpus=gpus)(partial(attempt, work))
         self.running: dict[Any, Task] = {}
 
     def start(self, task: Task) -> None:

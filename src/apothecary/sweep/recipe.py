@@ -107,6 +107,9 @@ class SweepRecipe:
         for dimension in self.space:
             self._check_owner(dimension.key)
         self._check_prompts()
+        if self.config.launcher == "ray" and self.recipe.model.device == "auto":
+            raise ConfigError("model.device is auto, but Ray must be told whether a trial needs a GPU, expected cpu or "
+                              "cuda with sweep.launcher: ray; set model.device")  # fmt: skip
         for arm in self.recipe.arms:
             if arm.finetune is None and arm.attack is None:
                 raise ConfigError(f"arm '{arm.name}' has neither attack nor finetune, so there is nothing to tune")

@@ -11,9 +11,15 @@ from typing import Any
 from apothecary.errors import ConfigError, StoreError
 from apothecary.pipeline.store import write_atomic, writing
 from apothecary.sweep import headline
+from apothecary.sweep.experiment import differing
 
 SWEEP = "sweep.json"
-SCHEMA = 2
+SCHEMA = 3
+ARM = ("arm", "budget", "experiment", "methods", "clean", "default", "worst", "not_shown", "counts", "curve", "trials",
+       "guard", "held_out")  # fmt: skip
+WHOLE = ("name", "created", "complete", "seconds", "versions", "store", "measure", "recipe", "mixed_budgets",
+         "comparisons")  # fmt: skip
+PAIRED = ("held_out", "evaluate", "measure")  # without the same prompts and judge there are no pairs to test
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,26 @@ def load_sweep_result(folder: str | Path) -> SweepResult:
         raise StoreError(f"{path} cannot be read as a sweep ({reason}); give the folder of a sweep") from error
     if not isinstance(found, dict) or found.get("kind") != "sweep" or found.get("schema") != SCHEMA:
         raise StoreError(f"{path} is no sweep.json of this version (schema {SCHEMA}); give the folder of a sweep")
+    if lacking := _lacking(found):
+        raise StoreError(f"{path} is no whole sweep.json ({lacking}); give the folder of a sweep")
     return SweepResult(found, path.parent)
+
+
+def _lacking(found: Mapping[str, Any]) -> str:
+    """What a page cannot do without and is not there, in words; empty where all is."""
+    arms = found.get("arms")
+    if not isinstance(arms, list) or not arms or not all(isinstance(arm, dict) for arm in arms):
+        return "it lists no arms"
+    if absent := [name for name in WHOLE if name not in found]:
+        return f"it lacks {', '.join(absent)}"
+    for number, arm in enumerate(arms, 1):
+        if absent := [name for name in ARM if name not in arm]:
+            return f"arm {number} lacks {', '.join(absent)}"
+        if wrong := [name for name in ("budget", "counts", "held_out") if not isinstance(arm[name], dict)]:
+            return f"in arm {number} {', '.join(wrong)} cannot be read"
+        if not isinstance(arm["trials"], list) or not all(isinstance(trial, dict) for trial in arm["trials"]):
+            return f"in arm {number} the trials cannot be read"
+    return ""
 
 
 def trial_entry(trial: Any) -> dict[str, Any]:
@@ -66,7 +91,8 @@ def trial_entry(trial: Any) -> dict[str, Any]:
     scores, cost = found.get("scores") or {}, found.get("costs") or {}
     return {
         "number": trial.number, "settings": trial.settings, "state": trial.state, "attempts": trial.attempts,
-        "reason": found.get("reason"), "harm": found.get("harm"), "capability": found.get("capability"),
+        "reason": found.get("reason"), "uncovered": found.get("uncovered"), "harm": found.get("harm"),
+        "capability": found.get("capability"),
         "flagged": _score(scores, "flagged"), "HS": _score(scores, "HS"), "HS+": _score(scores, "HS+"),
         "task": (scores.get("task") or {}).get("accuracy"), "drift": (scores.get("drift") or {}).get("loss"),
         "kl": (scores.get("drift") or {}).get("kl"), "seconds": cost.get("seconds"),
@@ -80,7 +106,7 @@ def _score(scores: Mapping[str, Any], name: str) -> float | None:
 
 
 def merged(results: Sequence[dict[str, Any]], allow_mixed_budgets: bool = False) -> dict[str, Any]:
-    """One result with the arms of several sweeps; ConfigError where an arm is in two, or budgets differ.
+    """One result with the arms of several sweeps; ConfigError where an arm is in two, or budgets or experiments differ.
 
     With `allow_mixed_budgets` they are put together all the same, and every page says so.
     """
@@ -90,24 +116,31 @@ def merged(results: Sequence[dict[str, Any]], allow_mixed_budgets: bool = False)
             if arm["arm"] in arms:
                 raise ConfigError(f"arm '{arm['arm']}' is in two of the sweeps, expected each arm once; rename one")
             arms[arm["arm"]] = arm
+    spent: list[Any] = [each.get("seconds") for each in results]
     return {**results[0], "complete": all(each["complete"] for each in results),
+            "seconds": None if None in spent else sum(spent),
             **together(list(arms.values()), allow_mixed_budgets)}  # fmt: skip
 
 
 def together(arms: Sequence[dict[str, Any]], allow_mixed_budgets: bool) -> dict[str, Any]:
-    """The arms with what compares them: paired tests of their worst cases, once all have a held-out one."""
-    differing = check_budgets([arm["budget"] for arm in arms], allow_mixed_budgets)
-    held = [{"arm": arm["arm"], **arm["held_out"]["worst"]} for arm in arms if arm["held_out"].get("worst")]
-    return {"mixed_budgets": differing, "arms": list(arms),
-            "comparisons": headline.compare(held) if len(held) == len(arms) else []}  # fmt: skip
+    """The arms with what compares them: paired tests of their worst cases, once all that can be told are held out."""
+    mixed = check_comparable(arms, allow_mixed_budgets)
+    told = [arm for arm in arms if not arm.get("not_shown")]
+    held = [{"arm": arm["arm"], **arm["held_out"]["worst"]} for arm in told if arm["held_out"].get("worst")]
+    paired = told and told[0] is arms[0] and len(held) == len(told) and not set(mixed) & set(PAIRED)
+    return {"mixed_budgets": mixed, "arms": list(arms), "comparisons": headline.compare(held) if paired else []}
 
 
-def check_budgets(budgets: Sequence[dict[str, Any]], allow_mixed_budgets: bool) -> list[str]:
-    """The parts in which budgets differ; ConfigError if there are any, unless that is allowed."""
-    differing = sorted({key for budget in budgets for key in budget if budget[key] != budgets[0].get(key)})
-    if differing and not allow_mixed_budgets:
-        raise ConfigError(
-            f"the arms were searched with different budgets ({', '.join(differing)}), so their worst cases cannot be "
-            "compared; search them with one budget, or set allow_mixed_budgets: true (the page says so)"
-        )
-    return differing
+def check_comparable(arms: Sequence[Mapping[str, Any]], allow_mixed_budgets: bool) -> list[str]:
+    """The parts in which the arms' budgets or experiments differ; ConfigError if there are any, unless allowed."""
+    found = {
+        "the arms were searched with different budgets": differing([arm["budget"] for arm in arms]),
+        "the arms are of different experiments": differing([arm.get("experiment") or {} for arm in arms]),
+    }
+    for said, parts in found.items():
+        if parts and not allow_mixed_budgets:
+            raise ConfigError(
+                f"{said} ({', '.join(parts)}), so their worst cases cannot be compared; make these parts equal, or set "
+                "allow_mixed_budgets: true (the page says so)"
+            )
+    return [part for parts in found.values() for part in parts]

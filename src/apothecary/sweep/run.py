@@ -10,6 +10,7 @@ Killed at any moment, the same call continues: finished trials stand, a claimed 
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,13 @@ from apothecary.pipeline.run import run as run_recipe
 from apothecary.pipeline.stage import Cancelled
 from apothecary.pipeline.store import Store, writing
 from apothecary.sweep import guard, probe
-from apothecary.sweep.collect import REFERENCES, arm_entry, collect, worst
+from apothecary.sweep.collect import REFERENCES, Chain, arm_entry, collect, worst
+from apothecary.sweep.experiment import experiment
 from apothecary.sweep.launch import Launcher, Work, local, raise_stop
 from apothecary.sweep.propose import propose
 from apothecary.sweep.recipe import SweepRecipe, service_stages, the_model
 from apothecary.sweep.records import Records, Study, Trial, locked
-from apothecary.sweep.results import SWEEP, SweepResult, check_budgets, load_sweep_result
+from apothecary.sweep.results import SWEEP, SweepResult, check_comparable, load_sweep_result
 from apothecary.sweep.trial import SERVICE, Found, Task, work
 from apothecary.sweep.weights import discard
 
@@ -63,11 +65,14 @@ class _Sweep:
         self.recipe, self.config, self.store, self.folder = recipe, recipe.config, store, folder
         self.progress, self.on_update = progress, on_update
         self.launcher = _launcher(recipe, objective)
-        self.others = self._other_arms()
+        earlier = load_sweep_result(folder).results if (folder / SWEEP).exists() else {"arms": [], "seconds": 0.0}
+        self.others = [arm for arm in earlier["arms"] if arm["arm"] not in recipe.arms]  # they stand beside these
+        self.spent, self.began = earlier["seconds"], None  # seconds of earlier calls; when the first task was started
         self.studies: dict[str, Study] = {}
         self.queue: list[tuple[str, Trial]] = []  # claimed trials whose process is to be started
-        self.services: dict[str, dict[str, str]] = {}
+        self.chains: dict[str, Chain] = {}
         self.deaths: dict[tuple[str, str], int] = {}
+        self.started: dict[tuple[str, str], float] = {}
 
     def run(self) -> SweepResult:
         try:
@@ -84,13 +89,15 @@ class _Sweep:
     # -- before ---------------------------------------------------------------------------------------------------
 
     def _open(self) -> None:
-        """Check budgets and rows, then open each arm's study."""
-        check_budgets([self.recipe.budget, *(arm["budget"] for arm in self.others)], self.config.allow_mixed_budgets)
+        """Check that the arms can be compared, and the rows, then open each arm's study."""
+        planned = {arm: the_model(self.recipe.variant(arm, {})) for arm in self.recipe.arms}
+        self.chains = {arm: Chain(service_stages(default), experiment(self.recipe, arm, default))
+                       for arm, default in planned.items()}  # fmt: skip
+        these = [{"budget": self.recipe.budget, "experiment": chain.experiment} for chain in self.chains.values()]
+        check_comparable([*these, *self.others], self.config.allow_mixed_budgets)
         run_recipe(self.recipe.recipe, self.store.root, self.folder / "rows", until="attack")  # overlaps are refused
         records = Records(self.folder)
-        for arm in self.recipe.arms:
-            default = the_model(self.recipe.variant(arm, {}))
-            self.services[arm] = service_stages(default)
+        for arm, default in planned.items():
             study = self.studies[arm] = records.open(arm, self.recipe.space, self._identity(arm, default))
             self.queue += [(arm, trial) for trial in study.trials if not trial.finished]
 
@@ -103,13 +110,6 @@ class _Sweep:
                  "seeds": list(self.recipe.recipe.seeds)}  # fmt: skip
         return {"budget": budget, "recipe": chain, "code": code}
 
-    def _other_arms(self) -> list[dict[str, Any]]:
-        """Arms that an earlier sweep left in the folder: with the same budget they stand beside these."""
-        if not (self.folder / SWEEP).exists():
-            return []
-        earlier = load_sweep_result(self.folder).results["arms"]
-        return [arm for arm in earlier if arm["arm"] not in self.recipe.arms]
-
     # -- driving --------------------------------------------------------------------------------------------------
 
     def _drive(self, source: Callable[[], Task | None], ended: Callable[[Task, Found], None]) -> None:
@@ -118,6 +118,8 @@ class _Sweep:
         while True:
             while running < self.config.workers and (task := again.pop() if again else source()):
                 self._tell("started", task, {})
+                self.began = self.began or time.monotonic()
+                self.started.setdefault((task.arm, task.name), time.monotonic())
                 self.launcher.start(task)
                 running += 1
             if not running:
@@ -132,6 +134,8 @@ class _Sweep:
                     continue
                 if found["state"] == "stop":
                     raise_stop(found)
+                taken = time.monotonic() - self.started[task.arm, task.name]  # of a worker that left no word of it
+                found = {"costs": {"seconds": round(taken, 3)}, **found}
                 ended(task, found)
                 self._tell("finished", task, found.get("costs") or {})
                 self._update("evaluated")
@@ -148,7 +152,7 @@ class _Sweep:
         mapping = self.recipe.variant(arm, settings, search)
         folder = self.folder / "trials" / f"{slug(arm)}-{hashlib.sha256(arm.encode()).hexdigest()[:6]}" / slug(name)
         return Task(arm, name, mapping, self.store.root, folder, self.recipe.measure, self.config.min_coverage,
-                    threads=self.config.threads, **more)  # fmt: skip
+                    details=not search, threads=self.config.threads, **more)  # fmt: skip
 
     # -- references and held-out prompts ---------------------------------------------------------------------------
 
@@ -189,7 +193,7 @@ class _Sweep:
             return self._task(arm, f"held-out {name}", settings, search=False, stage=stage)
 
         def ended(task: Task, found: Found) -> None:
-            if found["state"] != "complete":
+            if found["state"] != "complete" and not found.get("uncovered"):
                 raise TrainingError(f"{_label(task)} failed ({found['reason']}), so there is no headline; {AGAIN}")
             study = self.studies[task.arm]
             study.write("held_out", {**(study.note("held_out") or {}), task.name.removeprefix("held-out "): found})
@@ -220,7 +224,7 @@ class _Sweep:
         looks = [each.found["look"]["value"] for each in self._before(study, trial.number) if each.found.get("look")]
         task = self._task(arm, str(trial.number), trial.settings, prune=prune,
                           hopeless=probe.threshold(looks, prune) if prune else None)  # fmt: skip
-        if service_stages(the_model(task.mapping)) != self.services[arm] and not self.config.allow_defence_keys:
+        if service_stages(the_model(task.mapping)) != self.chains[arm].services and not self.config.allow_defence_keys:
             raise ConfigError(f"trial {trial.number} of arm '{arm}' changes the service's own stages, expected the "
                               "attacker's settings alone; take such keys out of sweep.space")  # fmt: skip
         study.attempt(trial)
@@ -228,7 +232,7 @@ class _Sweep:
 
     def _trial_ended(self, task: Task, found: Found) -> None:
         study = self.studies[task.arm]
-        if found["state"] == "complete":
+        if found.get("scores"):  # of an attack without verdicts too: whether it counts needs no judge
             clean = study.note("clean")["scores"]
             found["capability"] = to_dict(guard.capability(self.config.guard, found["scores"], clean))
         lineage = the_model(task.mapping).evaluation.lineage()
@@ -240,8 +244,10 @@ class _Sweep:
     # -- results --------------------------------------------------------------------------------------------------
 
     def _update(self, event: str) -> SweepResult:
-        arms = [arm_entry(self.recipe, arm, study, self.services[arm]) for arm, study in self.studies.items()]
-        found = collect(self.recipe, arms + self.others, self.store.root, self.folder)
+        arms = [arm_entry(self.recipe, arm, study, self.chains[arm], self.store) for arm, study in self.studies.items()]
+        here = time.monotonic() - self.began if self.began else 0.0
+        seconds = None if self.spent is None else round(self.spent + here, 1)
+        found = collect(self.recipe, arms + self.others, self.store.root, self.folder, seconds)
         result = SweepResult(found, self.folder)
         result.save()
         if self.on_update and (event == "done" or arms):
