@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from apothecary.pipeline.store import write_atomic, writing
-from apothecary.report import page, sections, sweep_evidence, sweep_plots
+from apothecary.report import page, sections, stages, sweep_evidence, sweep_plots
 from apothecary.report.sweep_text import arm_rows, columns, guard_heads, guard_rows, remarks, sentence, trial_rows
 from apothecary.report.tables import proxy_note
 
@@ -44,6 +44,7 @@ def render(results: dict[str, Any]) -> str:
         plane=Markup(sweep_plots.plane(results, colours)), curves=Markup(sweep_plots.curves(results, colours)),
         columns=columns(results), trials=trial_rows(results), settings=page._yaml(results["recipe"]),
         importance=_importance(results), view=evidence, categories=sections.categories(evidence),
+        triggered=stages.triggered(evidence),
         exam=sweep_evidence.exam(results), measured=measured, scores=scores, redact=True, sampled="worst case",
         cards=sweep_evidence.cards(results, colours), costs=sweep_evidence.costs(results),
         methods=sections.methods(sweep_evidence.view(results, "default")),
