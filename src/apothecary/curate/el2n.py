@@ -52,12 +52,13 @@ class El2n(Selector):
         from apothecary.data.rows import by_id
         from apothecary.train.early import early
         from apothecary.train.sweep import sweep
+        from apothecary.train.warm_up import scoring
 
         rows = by_id(rows)  # so that the order of the pool changes nothing
         sign = 1 if self.direction == "high" else -1
         scores = dict.fromkeys((row.id for row in rows), 0.0)
         for point in early(bench, rows, self.warmup, self.checkpoints):
-            ctx = bench.context(self.warmup)
+            ctx = scoring(bench, self.warmup)
 
             def measure(batch: Batch, ctx=ctx) -> Tensor:
                 logits = ctx.forward(batch, grad=False, logits=batch.tail).logits
