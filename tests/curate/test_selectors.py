@@ -42,7 +42,7 @@ CASES: dict[str, Case] = {
     "dsir": Case({"gumbel": False}, model=False),
     "el2n": Case({"warmup": short(), "checkpoints": 2}),
     "full": Case(model=False),
-    "ifd": Case({"warmup": short(), "warmup_rows": 6, "clusters": 2}),
+    "ifd": Case({"warmup": short(), "warmup_rows": 6, "clusters": 2, "floor": 9.0}),  # high: no ratio is above 1
     "k_center": Case({"over_long": "drop"}, copies=False),
     "less": Case({"warmup": short(max_steps=-1, epochs=1), "share": 0.6, "projection_dim": 64}),
     "less_sgd": Case({"warmup": short(max_steps=-1, epochs=1), "share": 0.6}),
