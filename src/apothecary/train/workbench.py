@@ -15,6 +15,7 @@ from apothecary.models.load import LoadedModel, context_length
 from apothecary.train.auxiliary import Auxiliary
 from apothecary.train.config import TrainConfig
 from apothecary.train.context import StepContext
+from apothecary.train.contradiction import refuse_contradiction
 
 if TYPE_CHECKING:
     from apothecary.train.method import Method
@@ -38,6 +39,7 @@ class Workbench:
     prepared: Path | None = None
     stop: Callable[[], None] = field(default=_go_on)  # raises when a cancellation was asked for
     progress: bool = False
+    allow_contradicting_rows: bool = False  # whether answers may be of another kind than their role says
 
     @cached_property
     def loaded(self) -> LoadedModel:
@@ -75,11 +77,13 @@ class Workbench:
             raise ConfigError(f"{method.kind} method '{method.name}' needs its prepare stage to run first")
 
     def require_roles(self, method: Method, roles: Sequence[str]) -> None:
-        """Refuse a method that finds no rows of a role; `prepare` asks for its own."""
+        """Refuse a method that finds no rows of a role, or rows of another kind; `prepare` asks for its own."""
         missing = [role for role in roles if not self.aux.get(role)]
         if missing:
             raise ConfigError(f"{method.kind} method '{method.name}' needs rows of role {', '.join(missing)}; "
                               "name a source for them under data")  # fmt: skip
+        for role in () if self.allow_contradicting_rows else roles:
+            refuse_contradiction(role, self.aux[role])
 
     def context(self, config: TrainConfig, roles: Sequence[str] = (), processes: int = 1, rank: int = 0) -> StepContext:
         """A StepContext over the model, with auxiliary batches for `roles`."""
