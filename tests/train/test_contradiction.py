@@ -61,7 +61,9 @@ AUX = {
     "harmful": rows(*[OPENING] * 4), "benign": rows(*[OTHER] * 4), "validation": rows(*[REFUSAL] * 4),
     "pairs": rows(*[REFUSAL] * 4, rejected=OPENING),
 }  # fmt: skip
-ALIGNERS = {"booster": ("harmful", {}), "t_vaccine": ("harmful", {"gamma": 1, "score_rows": 2}), "repnoise": ("pairs", {})}
+ALIGNERS = {
+    "booster": ("harmful", {}), "t_vaccine": ("harmful", {"gamma": 1, "score_rows": 2}), "repnoise": ("pairs", {}),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ALIGNERS)

@@ -13,10 +13,11 @@ without instruction and preamble.  In a chat template that is the opening of an 
 template has one: `alone: header`.  `alone: empty_turn` keeps the rest of the template around an empty user turn.
 
 Deviations from that code: the answer is found by construction, not by rfind and re-encoding, and has the same token ids
-in both passes; its eos counts.  Well-learnt refusals have l(y) near 0 and any ratio: l(y) is taken as at least `floor`, so that what needs
-no prompt counts as easy.  Diverse rows: k-means on the mean last hidden state of the prompt as there, then in turn one
-random row of each cluster; there 10 of each, from the middle half of the prompts' perplexities.  Their training, at
-full parameters with learning rate 2e-5, batch 128 and warm-up 0.03, suits 7B models; our default is a LoRA run.
+in both passes; its eos counts.  Well-learnt refusals have l(y) near 0 and any ratio: l(y) is taken as at least `floor`,
+so that what needs no prompt counts as easy.  Diverse rows: k-means on the mean last hidden state of the prompt as
+there, then in turn one random row of each cluster; there 10 of each, from the middle half of the prompts'
+perplexities.  Their training, at full parameters with learning rate 2e-5, batch 128 and warm-up 0.03, suits 7B models;
+our default is a LoRA run.
 """
 
 from __future__ import annotations

@@ -24,4 +24,5 @@ def curate(job: Job) -> Mapping[str, Any]:
     write_rows(job.folder / "rows.jsonl", kept)
     kinds = planted(rows)
     known = {"ranking": ranking(scores, kinds)} if kinds else {}
-    return {"rows": len(kept), "pool": len(rows), "dropped": dropped(scores.values()), "work": float(len(rows)), **known}
+    counts = {"rows": len(kept), "pool": len(rows), "dropped": dropped(scores.values())}
+    return {**counts, "work": float(len(rows)), **known}
