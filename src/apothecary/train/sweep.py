@@ -78,6 +78,7 @@ class _Sweep:
                     self._fill(values, part, len(rows) - start, bar)
                     store.put(start, content, values)
                 bar.update(len(part))
+                del part  # else two chunks are in memory while the next one is read
         return store.matrix()
 
     def _fill(self, values: np.ndarray, part: Sequence[Row], left: int, bar: tqdm) -> None:
