@@ -22,8 +22,8 @@ from apothecary.pipeline.store import Artifact
 ROWS, BALLAST = 2048, 40_000  # 80 MB, of which 512 rows may be in memory at a time
 _WARM = {"max_steps": 2, "batch_size": 4, "save_every": 1}
 _EPOCH = {"epochs": 1, "batch_size": 4, "save_every": 1}
-# One selector for each way of going through a pool; the word after a name only tells two ways of one apart.  `loss` goes
-# through it as `ifd` does at its end, and `post_attack_match` by the very call of Pharmacist's mode "score".
+# One selector for each way of going through a pool; the word after a name only tells two ways of one apart.  `loss`
+# goes through it as `ifd` does at its end, `post_attack_match` by the very call of Pharmacist's mode "score".
 FIELDS: dict[str, dict[str, Any]] = {
     "el2n": {"checkpoints": 1, "warmup": _WARM},
     "less": {"share": 0.01, "projection_dim": 64, "warmup": _EPOCH},
