@@ -22,16 +22,21 @@ from apothecary.pipeline.store import Artifact
 ROWS, BALLAST = 2048, 40_000  # 80 MB, of which 512 rows may be in memory at a time
 _WARM = {"max_steps": 2, "batch_size": 4, "save_every": 1}
 _EPOCH = {"epochs": 1, "batch_size": 4, "save_every": 1}
-FIELDS: dict[str, dict[str, Any]] = {  # one selector for each way of going through a pool
+# One selector for each way of going through a pool; the word after a name only tells two ways of one apart.  `loss`
+# goes through it as `ifd` does at its end, `post_attack_match` by the very call of Pharmacist's mode "score".
+FIELDS: dict[str, dict[str, Any]] = {
     "el2n": {"checkpoints": 1, "warmup": _WARM},
     "less": {"share": 0.01, "projection_dim": 64, "warmup": _EPOCH},
     "less_sgd": {"share": 0.01, "warmup": _EPOCH},
+    "ifd": {"warmup_rows": 8, "clusters": 2, "floor": 9.0, "warmup": _WARM},  # at this floor no row is left out
     "pharmacist": {"epochs": 1, "batch_size": 64, "warmup_share": 0.01, "warmup": _EPOCH},
+    "pharmacist score": {"mode": "score", "warmup_share": 0.01, "warmup": _EPOCH},
+    "task_vary": {},
     "seal": {"theta": {"epochs": 1, "batch_size": 64, "save_every": 8, "reduction": "sample_mean"}},
     "dsir": {},
     "k_center": {"limit": 64},
 }
-AUX = ("validation", "harmful")
+AUX = ("validation", "harmful", "customer")
 
 
 def write_pool(folder: Path, rows: int, ballast: int) -> Path:
@@ -50,7 +55,7 @@ def curate(root: Path, method: str, pool: Path) -> dict[str, float]:
     chain.load = lambda job, aligned=True: LoadedModel(tiny_model(), tiny_tokenizer(), ModelConfig())  # type: ignore
     folder = root / "stage" / pool.name
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"kind": "curate", "method": method, "fields": FIELDS[method], "keep": 0.5, "seed": 0}
+    config = {"kind": "curate", "method": method.split()[0], "fields": FIELDS[method], "keep": 0.5, "seed": 0}
     aux = {f"aux.{role}": Artifact(root / role) for role in AUX}
     selection.curate(Job(config, {"rows": Artifact(pool), **aux}, folder))
     return json.loads((folder / "scores.json").read_text())

@@ -22,7 +22,9 @@ from apothecary.errors import ConfigError, did_you_mean
 KINDS = ("curate", "align", "finetune", "repair", "attack", "judge")
 EVIDENCE = ("definition", "reference", "finite_difference", "accumulation", "resume", "two_processes")
 FIDELITY = Path(__file__).parent / "fidelity.json"  # method -> evidence that passes; written by the test run
-UNREFERENCED = ("attack", "judge")  # rules about rows and words, without maths that a second implementation could check
+# Rules about rows and words, without maths that a second implementation could check.
+UNREFERENCED = ("judge", "attack/backdoor", "attack/benign", "attack/benign_drift", "attack/cipher",
+                "attack/harmful_mix", "attack/identity_shift", "attack/style_shift")  # fmt: skip
 T = TypeVar("T", bound=type)
 _classes: dict[tuple[str, str], type] = {}
 
@@ -57,7 +59,8 @@ class Entry:
     @property
     def lacks_reference(self) -> bool:
         """Whether a second, independent implementation should have checked the maths and has not."""
-        return self.evidence is not None and "reference" not in self.evidence and self.kind not in UNREFERENCED
+        excused = self.kind in UNREFERENCED or f"{self.kind}/{self.name}" in UNREFERENCED
+        return self.evidence is not None and "reference" not in self.evidence and not excused
 
 
 def register(kind: str, name: str, paper: str | None = None) -> Callable[[T], T]:

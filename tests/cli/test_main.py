@@ -154,7 +154,7 @@ def test_methods_are_a_table_in_a_terminal(monkeypatch, capsys, columns):
     known = [
         Entry("align", "checked", "apothecary.x", "2402.01109", cost="2 forward; more", evidence=EVIDENCE),
         Entry("align", "unchecked", "apothecary.x", evidence=("definition", "resume")),
-        Entry("attack", "rule", "apothecary.x", evidence=("definition",)),
+        Entry("judge", "rule", "apothecary.x", evidence=("definition",)),
         Entry("attack", "foreign", "other.x"),
     ]
     monkeypatch.setattr("apothecary.registry.entries", lambda: {(e.kind, e.name): e for e in known})

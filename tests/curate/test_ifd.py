@@ -12,6 +12,7 @@ from reference import ifd as reference
 from tiny import EOS, LAYERS, tiny_tokenizer
 
 from apothecary.curate.ifd import Ifd, without_prompt
+from apothecary.curate.keep import keep
 from apothecary.data.chat import IGNORE, opening_ids, prompt_ids
 from apothecary.data.rows import Row, by_id
 from apothecary.errors import ConfigError
@@ -35,21 +36,25 @@ def test_scores_and_ranking_equal_the_definition(tmp_path, alone, floor, directi
     assert min(ratios.values()) < 1
     method = replace(COLD, alone=alone, floor=floor, direction=direction, batch_size=3)
     found = method.score(bench, ROWS)
-    assert {name: abs(score) for name, score in found.items()} == pytest.approx(ratios, rel=1e-9)
-    kept = sorted(found, key=found.__getitem__, reverse=True)
-    assert kept == (reference.ranking(ratios) if direction == "high" else sorted(ratios, key=ratios.__getitem__))
+    sign = 1 if direction == "high" else -1
+    expected = {name: sign * ratio for name, ratio in ratios.items() if ratio <= 1}
+    assert found == pytest.approx(dict.fromkeys(ratios, -math.inf) | expected, rel=1e-9)
+    kept = sorted(expected, key=found.__getitem__, reverse=True)
+    assert kept == reference.ranking(ratios, highest_first=direction == "high")
     if floor < 1:
         assert max(ratios.values()) > 1, "both sides of the filter are seen"
 
 
-def test_the_filter_ranks_rows_over_one_below_all_others(tmp_path, monkeypatch):
+def test_rows_over_one_are_left_out(tmp_path, monkeypatch):
     ratios = {"pool0": 0.2, "pool1": 1.0, "pool2": 1.1, "pool3": 3.0, "pool4": 0.9, "pool5": 0.0}
     monkeypatch.setattr(Ifd, "ratio", lambda self, ctx, batch, bare: torch.tensor([ratios[i] for i in batch.row_ids]))
     scores = COLD.score(make_bench(tmp_path), make_rows("pool", 6))
+    assert [row.id for row in keep(scores, make_rows("pool", 6), 1.0, 0)] == ["pool0", "pool1", "pool4", "pool5"]
     order = sorted(scores, key=scores.__getitem__, reverse=True)
-    assert order == ["pool1", "pool4", "pool0", "pool5", "pool2", "pool3"], "a score of 0 is a score"
+    assert order[:4] == ["pool1", "pool4", "pool0", "pool5"], "a score of 0 is a score"
     low = replace(COLD, direction="low").score(make_bench(tmp_path / "low"), make_rows("pool", 6))
-    assert sorted(low, key=low.__getitem__, reverse=True) == ["pool5", "pool0", "pool4", "pool1", "pool2", "pool3"]
+    assert sorted(low, key=low.__getitem__, reverse=True)[:4] == ["pool5", "pool0", "pool4", "pool1"]
+    assert all(found[row] == -math.inf for found in (scores, low) for row in ("pool2", "pool3"))
 
 
 @pytest.mark.parametrize(("given", "alone", "expected"), [(0.2, 0.4, 0.5), (1e-4, 2e-4, 1e-3), (3e-4, 2e-4, 3e-3)])
@@ -125,7 +130,7 @@ def test_rows_that_are_too_long_neither_warm_up_nor_count(tmp_path):
     assert "9-long" not in {row.id for row in method.diverse(make_bench(tmp_path / "a"), by_id(rows))}
     scores = method.score(make_bench(tmp_path / "b"), rows)
     assert scores.keys() == {row.id for row in rows} and scores["9-long"] == -math.inf
-    assert sum(map(math.isfinite, scores.values())) == len(rows) - 1
+    assert sum(map(math.isfinite, scores.values())) > 1
 
 
 def test_the_warm_up_changes_the_scores(tmp_path):

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import pytest
-from benches import make_rows
+from benches import make_bench, make_rows
 
 from apothecary.curate.keep import keep
+from apothecary.data.rows import Row, read_rows, write_rows
 from apothecary.errors import ConfigError, DataError
+from apothecary.pipeline.stage import Job
+from apothecary.pipeline.steps import chain
+from apothecary.pipeline.steps.selection import curate
+from apothecary.pipeline.store import Artifact
 
 ROWS = make_rows("row", 10)
 
@@ -49,3 +54,30 @@ def test_a_row_without_a_number_is_named(scores, message):
 def test_a_score_of_zero_is_a_score_and_infinity_ranks_last():
     kept = keep({"row0": 0.0, "row1": -1.0, "row2": float("-inf")}, ROWS[:3], 0.67, 0)
     assert [row.id for row in kept] == ["row0", "row1"]
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.1, 1), (0.3, 3), (0.4, 3), (1.0, 3)])
+def test_a_row_that_was_left_out_is_never_kept(caplog, share, count):
+    scores = {row.id: float(i) if i in (2, 5, 7) else float("-inf") for i, row in enumerate(ROWS)}
+    for seed in range(5):
+        caplog.clear()
+        kept = keep(scores, ROWS, share, seed)
+        assert {row.id for row in kept} <= {"row2", "row5", "row7"} and len(kept) == count
+        told = ["left out 7 of 10 rows, so that 3 are kept in place of"] if share > 0.3 else []
+        assert len(caplog.messages) == len(told) and all(t in m for t, m in zip(told, caplog.messages, strict=True))
+
+
+def test_a_pool_without_a_usable_row_is_refused():
+    with pytest.raises(DataError, match="left out all 10 rows of the pool"):
+        keep({row.id: float("-inf") for row in ROWS}, ROWS, 0.5, 0)
+
+
+def test_the_stage_says_how_many_rows_were_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(chain, "bench", lambda job: make_bench(tmp_path))
+    (tmp_path / "pool").mkdir()
+    write_rows(tmp_path / "pool" / "rows.jsonl", [*ROWS, Row("long", (("user", "why " * 90),), "no")])
+    settings = {"fields": {"over_long": "drop", "limit": 4}, "keep": 1.0, "seed": 0}
+    job = Job({"kind": "curate", "method": "k_center", **settings}, {"rows": Artifact(tmp_path / "pool")}, tmp_path)
+    found = curate(job)
+    assert (found["rows"], found["pool"], found["dropped"]) == (10, 11, 1)
+    assert "long" not in {row.id for row in read_rows(tmp_path / "rows.jsonl")}

@@ -14,6 +14,7 @@ from benches import Halt, count_hooks, halt_at, make_bench, make_rows
 
 from apothecary.data.rows import Row
 from apothecary.registry import entries, lookup
+from apothecary.train import early, fit, warm_up
 from apothecary.train.config import TrainConfig
 from apothecary.train.workbench import Workbench
 
@@ -41,7 +42,7 @@ CASES: dict[str, Case] = {
     "dsir": Case({"gumbel": False}, model=False),
     "el2n": Case({"warmup": short(), "checkpoints": 2}),
     "full": Case(model=False),
-    "ifd": Case({"warmup": short(), "warmup_rows": 6, "clusters": 2}),
+    "ifd": Case({"warmup": short(), "warmup_rows": 6, "clusters": 2, "floor": 9.0}),  # high: no ratio is above 1
     "k_center": Case({"over_long": "drop"}, copies=False),
     "less": Case({"warmup": short(max_steps=-1, epochs=1), "share": 0.6, "projection_dim": 64}),
     "less_sgd": Case({"warmup": short(max_steps=-1, epochs=1), "share": 0.6}),
@@ -105,3 +106,20 @@ def test_a_selector_of_words_alone_loads_no_model(tmp_path, name):
 
     aux = {role: make_rows(role, 7) for role in ROLES}
     assert selector(name).score(Workbench(load, aux, 0, tmp_path), POOL).keys() == {row.id for row in POOL}
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if "warmup" in case.settings])
+def test_scores_do_not_depend_on_the_warm_ups_reduction_and_precision(tmp_path, monkeypatch, name):
+    """Both belong to the training, which is the same one here whatever they say."""
+
+    def train(bench, method, rows, config, **options):
+        return fit.train(bench, method, rows, replace(config, reduction="token_mean", precision="fp32"), **options)
+
+    for module in (early, warm_up):
+        monkeypatch.setattr(module, "train", train)
+    found = []
+    for changes in ({}, {"reduction": "sample_mean"}, {"precision": "bf16"}):
+        plain = selector(name)
+        method = replace(plain, warmup=replace(plain.warmup, **changes))
+        found.append(method.score(bench(tmp_path / str(len(found))), POOL))
+    assert found[0] == found[1] == found[2]

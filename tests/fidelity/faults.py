@@ -314,7 +314,7 @@ FAULTS: dict[str, tuple[str, str]] = {
     ),
     "less/half-precision": (
         "Gradients and moments are taken in half precision, in whatever mode the model is.",
-        "curate/test_less.py::test_less_equals_the_reference",
+        "curate/test_selectors.py::test_scores_do_not_depend_on_the_warm_ups_reduction_and_precision",
     ),
     "dsir/short-rows": (
         "A least length of 100 tokens discards refusals without a word.",

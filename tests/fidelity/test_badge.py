@@ -55,7 +55,9 @@ def test_a_method_without_a_reference_says_so():
     assert Entry("align", "x", "m", evidence=()).status == "no reference test"
     assert Entry("align", "x", "m", evidence=("definition",)).status == "definition, no reference test"
     assert Entry("align", "x", "m", evidence=("reference", "two_processes")).status == "reference, two processes"
-    assert Entry("attack", "x", "m", evidence=("definition",)).status == "definition"
+    assert Entry("attack", "x", "m", evidence=("definition",)).status == "definition, no reference test"
+    assert Entry("attack", "benign", "m", evidence=("definition",)).status == "definition"
+    assert Entry("judge", "x", "m", evidence=("definition",)).status == "definition"
     assert Entry("align", "x", "m").status == "not tested here"
 
 

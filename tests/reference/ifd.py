@@ -10,8 +10,7 @@ def ratio(weights, ids, start, opening, shape, floor):
     return mean_nll(weights, list(ids), start, shape) / max(alone, floor)
 
 
-def ranking(ratios):
-    """Names from the first to be kept to the last: ratios up to 1 from above, then those over 1 from below."""
-    good = sorted((name for name in ratios if ratios[name] <= 1), key=lambda name: ratios[name], reverse=True)
-    bad = sorted((name for name in ratios if ratios[name] > 1), key=lambda name: ratios[name])
-    return good + bad
+def ranking(ratios, highest_first):
+    """Names from the first to be kept to the last; those over 1 are dropped."""
+    good = [name for name in ratios if ratios[name] <= 1]
+    return sorted(good, key=lambda name: ratios[name], reverse=highest_first)

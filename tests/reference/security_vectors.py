@@ -61,3 +61,26 @@ def train(theta, vectors, steps, shape, scale, lamb, eta, learning_rate):
         optimiser.step()
     after = [leaf.detach() for leaf in leaves]
     return dict(zip(names, zip(after[::2], after[1::2], strict=True), strict=True)), seen
+
+
+def customer(theta, vectors, delta, batches, shape, scale, learning_rate):
+    """What the customer's parameters are after one AdamW step per batch, beside vectors that stand still.
+
+    `delta` holds (A, B) by the name of the weight that they change, as `vectors` does; None: the weights themselves
+    learn.  The vectors take part in every forward and are in nothing that is returned.
+    """
+    start = theta if delta is None else {(name, i): part for name, pair in delta.items() for i, part in enumerate(pair)}
+    leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in start.items()}
+    optimiser = torch.optim.AdamW(list(leaves.values()), lr=learning_rate, weight_decay=0.0, foreach=False)
+    for batch in batches:
+        own = leaves if delta is None else with_vectors(theta, pairs(leaves), scale)
+        optimiser.zero_grad()
+        nll(with_vectors(own, vectors, scale), batch, shape).backward()
+        optimiser.step()
+    after = {name: leaf.detach() for name, leaf in leaves.items()}
+    return after if delta is None else pairs(after)
+
+
+def pairs(leaves):
+    """{weight: (A, B)} of {(weight, 0): A, (weight, 1): B}."""
+    return {name: (leaves[name, 0], leaves[name, 1]) for name, i in leaves if i == 0}

@@ -69,7 +69,18 @@ def test_they_stand_at_equal_distances_and_the_last_at_the_end(tmp_path):
     numbers = [int(point.folder.name.split("-")[1]) for point in early(bench, ROWS, CONFIG, 2)]
     assert numbers == [4, 8], "of 9 steps, rounded to a multiple"
     numbers = [int(point.folder.name.split("-")[1]) for point in early(make_bench(tmp_path / "b"), ROWS[:3], CONFIG, 5)]
-    assert numbers == [1, 2, 3, 4, 5], "at least a step each"
+    assert numbers == [1, 2, 3], "a step each, and none beyond the training"
+
+
+@pytest.mark.parametrize(("settings", "count", "expected"), [
+    ({"epochs": 0.4}, 4, [1]),  # 0.4 of 3 steps: rounded up, as in an ordinary training
+    ({"epochs": 0.3}, 4, [1]),  # 0.9 of a step: one
+    ({"max_steps": 7}, 4, [1, 2, 3, 4]), ({"max_steps": 11}, 2, [5, 10]), ({"max_steps": 2}, 3, [1, 2]),
+])  # fmt: skip
+def test_no_step_is_taken_that_was_not_asked_for(tmp_path, settings, count, expected):
+    config = replace(CONFIG, batch_size=4 if "max_steps" in settings else 5, **settings)
+    points = early(make_bench(tmp_path), ROWS, config, count)
+    assert [int(point.folder.name.split("-")[1]) for point in points] == expected
 
 
 def test_killed_it_goes_on_and_trains_nothing_twice(tmp_path):

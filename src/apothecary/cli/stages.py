@@ -92,7 +92,8 @@ def attack(
     if "customer" in options["aux"]:
         options["aux"]["customer"] = _mapped(options["aux"]["customer"], options)
     settings = {**options["settings"], **{key: value for key, value in (("p", p), ("n", n)) if value is not None}}
-    done = single.attack(out, method, data=options["aux"], settings=settings, model=options["model"], seed=seed)
+    done = single.attack(out, method, data=options["aux"], settings=settings, model=options["model"], seed=seed,
+                         allow_contradicting_rows=options.get("allow_contradicting_rows", False))  # fmt: skip
     if "composition" not in done:
         print(f"weights edited: {out}")
         return
@@ -164,8 +165,9 @@ def _options(context: typer.Context, model: str | None, **data: str | None) -> d
     if model is None:
         return {"data": sources, "settings": given}
     options = {"model": {"path": model, **given.pop("model", {})}, "aux": sources}
-    if "train" in given:
-        options["train"] = given.pop("train")
+    for name in ("train", "allow_contradicting_rows"):
+        if name in given:
+            options[name] = given.pop(name)
     return {**options, "settings": given}
 
 

@@ -11,7 +11,7 @@ Cost: no model; two passes over the pool on the CPU, one hash for each different
 
 log w is a sum, so it grows with length and the noise is small beside it: selection is close to the plain top.
 Deviations from the authors' code (p-lambda/dsir): it drops texts under 100 tokens, which here would be nearly all
-refusals and class labels, so that `min_length` is 0 and shorter rows come last instead; its target is not smoothed,
+refusals and class labels, so that `min_length` is 0 and shorter rows count instead; its target is not smoothed,
 so that with a few hundred target rows every unseen n-gram weighs log 1e-8; our default of 0.1 makes it about as likely
 as a rare n-gram of the pool.  Noise is keyed by seed and row id, not by position.
 """
@@ -51,7 +51,7 @@ class Dsir(Selector):
     buckets: int = 10_000  # >= 1 (paper)
     smoothing: float = 0.1  # >= 0, added to each bucket's count in the target (ours; authors' code: 0)
     gumbel: bool = True  # noise, as resampling needs it (paper); false: the largest log w
-    min_length: int = 0  # tokens; shorter rows come last (ours; authors' code: 100)
+    min_length: int = 0  # tokens; shorter rows are left out (ours; authors' code: 100)
 
     needs = Needs(roles=("validation",))
 

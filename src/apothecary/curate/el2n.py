@@ -41,7 +41,7 @@ class El2n(Selector):
     """Hyper-parameters; all but the direction are reconstructed."""
 
     direction: Literal["high", "low"] = "high"  # which rows are kept: those with large errors (paper) or with small
-    checkpoints: int = 4  # >= 1
+    checkpoints: int = 4  # >= 1; fewer where the warm-up has fewer steps
     batch_size: int = 32  # rows, >= 1; changes nothing but speed and memory
     warmup: TrainConfig = field(default_factory=_warm_up)  # the last checkpoint stands at its end
 
@@ -52,20 +52,21 @@ class El2n(Selector):
         from apothecary.data.rows import by_id
         from apothecary.train.early import early
         from apothecary.train.sweep import sweep
+        from apothecary.train.warm_up import scoring
 
         rows = by_id(rows)  # so that the order of the pool changes nothing
         sign = 1 if self.direction == "high" else -1
-        scores = dict.fromkeys((row.id for row in rows), 0.0)
+        scores, visited = dict.fromkeys((row.id for row in rows), 0.0), 0
         for point in early(bench, rows, self.warmup, self.checkpoints):
-            ctx = bench.context(self.warmup)
+            ctx = scoring(bench, self.warmup)
 
             def measure(batch: Batch, ctx=ctx) -> Tensor:
                 logits = ctx.forward(batch, grad=False, logits=batch.tail).logits
-                return sign * errors(logits, batch) / self.checkpoints
+                return sign * errors(logits, batch)
 
             found = sweep(bench, ctx, rows, measure, self.warmup, f"el2n-{point.number}", self.batch_size)
-            scores = {name: score + found[name] for name, score in scores.items()}
-        return scores
+            scores, visited = {name: score + found[name] for name, score in scores.items()}, visited + 1
+        return {name: score / visited for name, score in scores.items()}
 
 
 def errors(logits_BTV: Tensor, batch: Batch) -> Tensor:

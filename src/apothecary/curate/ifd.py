@@ -13,11 +13,11 @@ without instruction and preamble.  In a chat template that is the opening of an 
 template has one: `alone: header`.  `alone: empty_turn` keeps the rest of the template around an empty user turn.
 
 Deviations from that code: the answer is found by construction, not by rfind and re-encoding, and has the same token ids
-in both passes; its eos counts.  A dropped row ranks below all others, those nearest to 1 first, and rows that are too
-long last.  Well-learnt refusals have l(y) near 0 and any ratio: l(y) is taken as at least `floor`, so that what needs
-no prompt counts as easy.  Diverse rows: k-means on the mean last hidden state of the prompt as there, then in turn one
-random row of each cluster; there 10 of each, from the middle half of the prompts' perplexities.  Their training, at
-full parameters with learning rate 2e-5, batch 128 and warm-up 0.03, suits 7B models; our default is a LoRA run.
+in both passes; its eos counts.  Well-learnt refusals have l(y) near 0 and any ratio: l(y) is taken as at least `floor`,
+so that what needs no prompt counts as easy.  Diverse rows: k-means on the mean last hidden state of the prompt as
+there, then in turn one random row of each cluster; there 10 of each, from the middle half of the prompts'
+perplexities.  Their training, at full parameters with learning rate 2e-5, batch 128 and warm-up 0.03, suits 7B models;
+our default is a LoRA run.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Ifd(Selector):
         expect(self, "at least 1", lambda n: n >= 1, "clusters", "batch_size")
 
     def score(self, bench: Workbench, rows: Sequence[Row]) -> dict[str, float]:
-        """The ratio, negated above 1 or if low is preferred; a row that is dropped for its length comes last."""
+        """The ratio, negated if low is preferred; -inf above 1, and for a row that is dropped for its length."""
         from apothecary.data.chat import opening_ids, prompt_ids
         from apothecary.data.rows import by_id
         from apothecary.train.sweep import sweep
@@ -77,10 +77,11 @@ class Ifd(Selector):
         ctx = scoring(bench, self.warmup)
 
         def measure(batch: Batch) -> Tensor:
-            ratio_B = self.ratio(ctx, batch, without_prompt(batch, opening, bench.pad_id))
-            return ratio_B.where((ratio_B <= 1) & (self.direction == "high"), -ratio_B)
+            return self.ratio(ctx, batch, without_prompt(batch, opening, bench.pad_id))
 
-        return sweep(bench, ctx, rows, measure, self.warmup, batch_size=self.batch_size)
+        ratios = sweep(bench, ctx, rows, measure, self.warmup, batch_size=self.batch_size)
+        sign = 1.0 if self.direction == "high" else -1.0
+        return {name: sign * ratio if 0 <= ratio <= 1 else -math.inf for name, ratio in ratios.items()}
 
     def ratio(self, ctx: StepContext, batch: Batch, bare: Batch) -> Tensor:
         """IFD of each row, [B]; `bare` holds the same answers without their prompts."""

@@ -50,7 +50,7 @@ class KCenter(Selector):
     start: Literal["centre", "random"] = "centre"  # the first row
     limit: int | None = None  # >= 1, rows to put in order; the rest follows by its distance; null: all
     max_length: int | None = None  # tokens; null: the model's context
-    over_long: Literal["error", "drop"] = "error"  # longer rows are refused, or come last
+    over_long: Literal["error", "drop"] = "error"  # longer rows are refused, or left out
     batch_size: int = 32  # rows, >= 1; changes nothing but speed and memory
 
     def __post_init__(self) -> None:
@@ -58,7 +58,7 @@ class KCenter(Selector):
         expect(self, "at least 1", lambda n: n >= 1, "batch_size")
 
     def score(self, bench: Workbench, rows: Sequence[Row]) -> dict[str, float]:
-        """Minus the place in the order; a row that is dropped for its length comes last."""
+        """Minus the place in the order; -inf for a row that is dropped for its length."""
         from apothecary.data.rows import by_id
         from apothecary.train.embeddings import embed
 

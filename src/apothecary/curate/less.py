@@ -86,8 +86,9 @@ class Less(Selector):
 
         from apothecary.train.early import subtasks
         from apothecary.train.sweep import features
+        from apothecary.train.warm_up import scoring
 
-        ctx, moments = bench.context(self.warmup), point.moments()
+        ctx, moments = scoring(bench, self.warmup), point.moments()
         size = self.projection_dim or sum(p.numel() for p in ctx.parameters().values())
         target, strict = bench.aux["validation"], replace(self.warmup, over_long="error")
 

@@ -45,7 +45,7 @@ class Loss(Selector):
         expect(self, "at least 1", lambda n: n >= 1, "batch_size")
 
     def score(self, bench: Workbench, rows: Sequence[Row]) -> dict[str, float]:
-        """The mean loss, negated if low is preferred; a row that is dropped for its length comes last."""
+        """The mean loss, negated if low is preferred; -inf for a row that is dropped for its length."""
         from apothecary.data.rows import by_id
         from apothecary.train.sweep import sweep
         from apothecary.train.warm_up import scoring, warm_up

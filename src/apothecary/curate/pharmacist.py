@@ -80,7 +80,7 @@ class Pharmacist(Selector):
             expect(self, "below 1, as 1 - alpha scales the update; or set hessian: exact", lambda x: x < 1, "alpha")
 
     def score(self, bench: Workbench, rows: Sequence[Row]) -> dict[str, float]:
-        """w_i of each row ("bilevel") or s_i ("score"); a row that is dropped for its length comes last."""
+        """w_i of each row ("bilevel") or s_i ("score"); -inf for a row that is dropped for its length."""
         from apothecary.data.rows import by_id
         from apothecary.train.internals import refuse_double_backward
         from apothecary.train.scores import pool_scores

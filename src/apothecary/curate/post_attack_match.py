@@ -52,7 +52,7 @@ class PostAttackMatch(Selector):
         expect(self, "a share in [0, 1]", lambda x: 0 <= x <= 1, "warmup_share")
 
     def score(self, bench: Workbench, rows: Sequence[Row]) -> dict[str, float]:
-        """s_j of each row; one that is dropped for its length comes last."""
+        """s_j of each row; -inf for one that is dropped for its length."""
         from apothecary.data.rows import by_id
         from apothecary.train.scores import pool_scores
         from apothecary.train.simulated_attack import post_attack_gradient, whole_set

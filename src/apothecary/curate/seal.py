@@ -71,7 +71,7 @@ class Seal(Selector):
             raise ConfigError(f"theta.reduction is {self.theta.reduction}, expected sample_mean: a weight is a row's")
 
     def score(self, bench: Workbench, rows: Sequence[Row]) -> dict[str, float]:
-        """w of each row; one that is dropped for its length comes last."""
+        """w of each row; -inf for one that is dropped for its length."""
         from apothecary.data.rows import by_id
         from apothecary.train.fit import train
         from apothecary.train.on_demand import OnDemand

@@ -45,7 +45,7 @@ class TaskVary(Selector):
     direction: Literal["low", "high"] = "low"  # which rows are kept: the least similar (paper), or the most
     tokens: Literal["last", "all", "prompt", "response"] = "last"  # hidden states that count (authors' page: last)
     max_length: int | None = None  # tokens; null: the model's context
-    over_long: Literal["error", "drop"] = "error"  # longer rows are refused, or come last
+    over_long: Literal["error", "drop"] = "error"  # longer rows are refused, or left out
     batch_size: int = 32  # rows, >= 1; changes nothing but speed and memory
 
     needs = Needs(roles=("customer",))
@@ -54,7 +54,7 @@ class TaskVary(Selector):
         expect(self, "at least 1", lambda n: n >= 1, "batch_size")
 
     def score(self, bench: Workbench, rows: Sequence[Row]) -> dict[str, float]:
-        """Minus the similarity, or plus it; a row that is dropped for its length comes last."""
+        """Minus the similarity, or plus it; -inf for a row that is dropped for its length."""
         import numpy as np
 
         from apothecary.train.embeddings import embed

@@ -181,6 +181,8 @@ class _Planner:
         """A stage that runs a method on a model."""
         full = {"model": to_dict(self.recipe.model), "kind": section.kind, "method": section.method,
                 "fields": section.fields, "seed": _seed(section, seed), **config}  # fmt: skip
+        if self.recipe.allow_contradicting_rows:  # else the keys of all stages would be others
+            full["allow_contradicting_rows"] = True
         stage = Stage(kind, label, run, full, inputs, self.weights, _modules(section))
         return self._stages.setdefault(stage.key, stage)  # one object, one label, however many arms share it
 

@@ -1,4 +1,4 @@
-"""Rows against the tokenizer before any work on the model: one that cannot be trained on shows at once."""
+"""Rows before any work on the model: one that cannot be trained on, or of the wrong kind, shows at once."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 
 from apothecary.config import build
 from apothecary.data.chat import render
-from apothecary.data.rows import Row, read_rows
-from apothecary.errors import OverLong
+from apothecary.data.rows import Row, RowFile, read_rows
+from apothecary.errors import DataError, OverLong
 from apothecary.models.settings import ModelConfig
 from apothecary.pipeline.stage import Executor, Stage
+from apothecary.train.contradiction import refuse_contradiction
 
 TRAINED = ("align", "prepare", "finetune")
 READ = ("data", "attack")  # stages whose rows are there before any model is loaded
@@ -41,6 +42,16 @@ def check(stages: Iterable[Stage], executor: Executor) -> None:
                 except OverLong as error:
                     if not drop:
                         raise OverLong(f"{stage.label}: {error}") from error
+
+
+def check_kinds(stages: Iterable[Stage], executor: Executor) -> None:
+    """Refuse sources whose answers contradict the role that the recipe gives them, before any model is loaded."""
+    for stage in stages:
+        if stage.kind == "data":
+            try:
+                refuse_contradiction(stage.config["role"], RowFile(executor.execute(stage).path("rows.jsonl")))
+            except DataError as error:
+                raise DataError(f"{stage.label}: {error}") from error
 
 
 def _training(stage: Stage) -> Mapping[str, Any]:

@@ -131,14 +131,15 @@ class Recipe:
     arms: tuple[Arm, ...]
     seeds: tuple[int, ...] = (0,)
     allow_same_harmful: bool = False  # whether the defence may know the attacker's rows
+    allow_contradicting_rows: bool = False  # whether answers may be of another kind than their role says
     expected: tuple[Expected, ...] = ()  # what a paper reports of these arms
     cost: str | None = None  # what the paper says that it costs, in words
 
     @classmethod
     def parse(cls, mapping: Mapping[str, Any]) -> Recipe:
         """Check and resolve a recipe as it stands in YAML; ConfigError names the key that does not fit."""
-        known = ("name", "model", "data", "evaluate", *SECTIONS, "arms", "seeds", "allow_same_harmful", "expected",
-                 "cost")  # fmt: skip
+        known = ("name", "model", "data", "evaluate", *SECTIONS, "arms", "seeds", "allow_same_harmful",
+                 "allow_contradicting_rows", "expected", "cost")  # fmt: skip
         for key in mapping:
             if key not in known:
                 raise unknown_key(str(key), known)
@@ -154,6 +155,8 @@ class Recipe:
             arms=tuple(_arms(mapping.get("arms"), parts)),
             seeds=convert(tuple[int, ...], [seeds] if isinstance(seeds, int) else seeds, "seeds"),
             allow_same_harmful=convert(bool, mapping.get("allow_same_harmful", False), "allow_same_harmful"),
+            allow_contradicting_rows=convert(bool, mapping.get("allow_contradicting_rows", False),
+                                             "allow_contradicting_rows"),
             expected=convert(tuple[Expected, ...], mapping.get("expected") or [], "expected"),
             cost=convert(str | None, mapping.get("cost"), "cost"),
         )

@@ -92,6 +92,8 @@ class _Run:
         self.emit("run", self.plan.recipe.name, {"until": until})
         try:
             self.check_overlaps()
+            if not self.plan.recipe.allow_contradicting_rows:
+                preflight.check_kinds(self.plan.rows_only(), self.executor)
             for stage in self.plan.rows_only():
                 self.executor.execute(stage)
             preflight.check(self.needed(until).values(), self.executor)

@@ -2,6 +2,7 @@
 
 A chain is better run from a recipe: `pipeline.run` caches, resumes and verifies; these functions do not.  Each returns
 what it measured.  A result is complete or absent; beside rows lies ROWS.manifest.json, a trained model has model.json.
+`allow_contradicting_rows` lets rows pass whose answers contradict their role (train/contradiction.py).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from apothecary.pipeline.results import Result
 from apothecary.pipeline.store import now, write_atomic, writing
 from apothecary.registry import lookup
 from apothecary.train.config import TrainConfig
+from apothecary.train.contradiction import refuse_contradiction
 
 if TYPE_CHECKING:
     from apothecary.data.inspect import Inspection
@@ -65,6 +67,7 @@ def curate(
     aux: Sources = NONE,
     settings: Settings = NONE,
     seed: int = 0,
+    allow_contradicting_rows: bool = False,
 ) -> dict[str, Any]:
     """Write the share `keep` of the rows that a selector ranks highest to the file `out`."""
     from apothecary.curate.keep import keep as choose
@@ -72,7 +75,7 @@ def curate(
     selector, chain = _method("curate", method, settings), read_model(model)
     _refuse_folder(Path(out))
     rows = load_rows(data, "align")
-    extra = _aux(selector, aux)
+    extra = _aux(selector, aux, allow_contradicting_rows)
     clock = _Clock()
     choose({row.id: 0.0 for row in rows}, rows, keep, seed)  # a wrong share is told before the work
     selector.check(keep)
@@ -91,6 +94,7 @@ def attack(
     settings: Settings = NONE,
     model: Model = "lab",
     seed: int = 0,
+    allow_contradicting_rows: bool = False,
 ) -> dict[str, Any]:
     """Write the rows that a customer uploads, some harmful, to the file `out`; `data` by role: customer, attack.
 
@@ -100,7 +104,7 @@ def attack(
     attacker, chain = _method("attack", method, settings), read_model(model)
     if not attacker.tampers():
         _refuse_folder(Path(out))
-    given = _aux(attacker, data)
+    given = _aux(attacker, data, allow_contradicting_rows)
     clock = _Clock()
     if attacker.tampers():
         return _tamper(chain, attacker, given, seed, Path(out), clock)
@@ -135,9 +139,11 @@ def align(
     train: Settings = NONE,
     seed: int = 0,
     bars: bool = False,
+    allow_contradicting_rows: bool = False,
 ) -> dict[str, Any]:
     """Train a model on safe answers; the new folder `out` holds it (see model_folder.py)."""
-    return _train("align", data, Path(out), method, model, aux, settings, train, seed, False, bars)
+    return _train("align", data, Path(out), method, model, aux, settings, train, seed, False, bars,
+                  allow_contradicting_rows)  # fmt: skip
 
 
 def finetune(
@@ -152,6 +158,7 @@ def finetune(
     adapter: Literal["merged", "single"] | str = "merged",
     seed: int = 0,
     bars: bool = False,
+    allow_contradicting_rows: bool = False,
 ) -> dict[str, Any]:
     """Train a model on a customer's rows; the new folder `out` holds it.
 
@@ -159,7 +166,8 @@ def finetune(
     """
     if adapter not in ("merged", "single"):
         raise ConfigError(f"adapter is '{adapter}', expected merged or single")
-    return _train("finetune", data, Path(out), method, model, aux, settings, train, seed, adapter == "single", bars)
+    return _train("finetune", data, Path(out), method, model, aux, settings, train, seed, adapter == "single", bars,
+                  allow_contradicting_rows)  # fmt: skip
 
 
 def evaluate(model: Model, out: str | Path, settings: Settings = NONE) -> dict[str, Any]:
@@ -221,6 +229,7 @@ def _train(
     seed: int,
     single: bool,
     bars: bool,
+    allow: bool,
 ) -> dict[str, Any]:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(f"{kind} runs in one process, which was launched as several; start it without torchrun, or "
@@ -234,7 +243,7 @@ def _train(
             "or choose merged"
         )
     rows = [row if row.role else row.with_role(_ROLE[kind]) for row in load_rows(data)]
-    extra = _aux(chosen, aux)
+    extra = _aux(chosen, aux, allow)
     with new_folder(out) as folder:
         clock = _Clock()
         metrics = _fit(chain, chosen, rows, extra, config, seed, folder, single, bars)
@@ -297,7 +306,8 @@ def _bench(chain: Chained, aux: Mapping[str, Sequence[Row]], seed: int, folder: 
     from apothecary.train.workbench import Workbench
 
     torch.manual_seed(seed)
-    return Workbench(chain.load, aux, seed, folder, progress=bars)
+    # `_aux` has looked at the rows, where that was asked for
+    return Workbench(chain.load, aux, seed, folder, progress=bars, allow_contradicting_rows=True)
 
 
 # -- what all share ---------------------------------------------------------------------------------------------------
@@ -318,15 +328,20 @@ def _method(kind: str, name: str, settings: Settings) -> Any:
     return build(lookup(kind, name), settings, "")
 
 
-def _aux(method: Method, given: Sources) -> dict[str, list[Row]]:
-    """The rows of each role; ConfigError for a role that the method needs and nobody gave."""
+def _aux(method: Method, given: Sources, allow: bool) -> dict[str, list[Row]]:
+    """The rows of each role; ConfigError for a role that the method needs and nobody gave, DataError for rows whose
+    answers contradict their role, unless they are allowed to.
+    """
     for role in method.needs.every_role:
         if role not in given:
             option = "harmful" if method.kind == "attack" and role == "attack" else role
             raise ConfigError(
                 f"{method.kind} method '{method.name}' needs rows of role '{role}'; give --{option} SOURCE"
             )
-    return {role: load_rows(source, role) for role, source in given.items()}
+    found = {role: load_rows(source, role) for role, source in given.items()}
+    for role, rows in () if allow else found.items():
+        refuse_contradiction(role, rows)
+    return found
 
 
 def _manifest(kind: str, name: str, method: Any, seed: int, clock: _Clock, **used: Any) -> dict[str, Any]:

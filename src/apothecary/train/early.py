@@ -7,6 +7,7 @@ is an ordinary training: killed at any moment, it continues from its last checkp
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,10 +45,16 @@ class Early:
 
 
 def early(bench: Workbench, rows: Sequence[Row], config: TrainConfig, count: int) -> Iterator[Early]:
-    """Train on rows, then visit `count` checkpoints at equal distances, the last one at the end."""
+    """Train on rows, then visit `count` checkpoints at equal distances, or one after each step where these are fewer.
+
+    The last stands at the end, or by fewer than `count` steps before it; no step is taken that was not asked for.
+    """
     given = OnDemand(bench, rows, config)
-    steps = config.max_steps if config.max_steps > 0 else config.epochs * -(-len(given) // config.batch_size)
-    every = max(1, round(steps / count))
+    steps = config.max_steps
+    if steps <= 0:
+        steps = math.ceil(config.epochs * -(-len(given) // config.batch_size))  # as an ordinary training counts them
+    count = min(count, steps)
+    every = steps // count
     train(bench, TrainingMethod(), given, replace(config, max_steps=every * count, save_every=every, log_every=1,
                                                   keep_checkpoints=count), name=NAME)  # fmt: skip
     folders = complete_checkpoints(bench.folder / "checkpoints")
@@ -72,7 +79,7 @@ def subtasks(rows: Sequence[Row]) -> list[list[int]]:
 
 def influence(bench: Workbench, rows: Sequence[Row], share: float, config: TrainConfig,
               products: Callable[[Early], np.ndarray]) -> dict[str, float]:  # fmt: skip
-    """max over subtasks of sum_k (eta_k / sum eta) x_k, by row id; a row without numbers comes last.
+    """max over subtasks of sum_k (eta_k / sum eta) x_k, by row id; -inf for a row without numbers.
 
     x_k = `products(checkpoint)`, [N, subtasks], after each epoch of a training on a share of the rows.
     """

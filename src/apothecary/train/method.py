@@ -81,6 +81,8 @@ class Method:
 class TrainingMethod(Method):
     """A method that trains: alignment, fine-tuning.  The defaults make it plain SFT."""
 
+    kind, name = "align", "sft"  # of a warm-up, which nobody registers
+
     def check(self, train: TrainConfig, model: ModelConfig) -> None:
         """Raise ConfigError where the method cannot work with these settings; asked before any stage runs."""
 

@@ -1,6 +1,6 @@
 """One pass over rows of any number: measured batch by batch, stored chunk by chunk, continued after a kill.
 
-    sweep     a number for each row, by id; -inf for a row that is dropped for its length, so that it ranks last
+    sweep     a number for each row, by id; -inf for a row that is dropped for its length: it is not kept
     features  a vector for each row, as a matrix on disk; NaN for such a row
 
 Rows are read and rendered one chunk at a time, so that neither the pool nor its token ids need fit in memory.  A
@@ -78,6 +78,7 @@ class _Sweep:
                     self._fill(values, part, len(rows) - start, bar)
                     store.put(start, content, values)
                 bar.update(len(part))
+                del part  # else two chunks are in memory while the next one is read
         return store.matrix()
 
     def _fill(self, values: np.ndarray, part: Sequence[Row], left: int, bar: tqdm) -> None:

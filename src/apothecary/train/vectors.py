@@ -38,6 +38,8 @@ class VectorTraining(TrainingMethod):
     inner_steps: int = 0
     inner_learning_rate: float = 0.0
 
+    kind, name = "finetune", "security_vectors"  # as what a launch that cannot be is refused
+
     @property
     def needs(self) -> Needs:  # type: ignore[override]
         used = {"benign": self.lamb, LEARNED: self.inner_steps}

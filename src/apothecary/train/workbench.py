@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -38,6 +39,7 @@ class Workbench:
     prepared: Path | None = None
     stop: Callable[[], None] = field(default=_go_on)  # raises when a cancellation was asked for
     progress: bool = False
+    allow_contradicting_rows: bool = False  # whether answers may be of another kind than their role says
 
     @cached_property
     def loaded(self) -> LoadedModel:
@@ -75,11 +77,17 @@ class Workbench:
             raise ConfigError(f"{method.kind} method '{method.name}' needs its prepare stage to run first")
 
     def require_roles(self, method: Method, roles: Sequence[str]) -> None:
-        """Refuse a method that finds no rows of a role; `prepare` asks for its own."""
+        """Refuse a method that finds no rows of a role, or rows of another kind; `prepare` asks for its own."""
         missing = [role for role in roles if not self.aux.get(role)]
         if missing:
             raise ConfigError(f"{method.kind} method '{method.name}' needs rows of role {', '.join(missing)}; "
                               "name a source for them under data")  # fmt: skip
+        if not self.allow_contradicting_rows:
+            # By name, which keeps the judge's patterns out of the key of every training (pipeline/fingerprint.py): a
+            # refusal changes no result.
+            refuse = import_module("apothecary.train.contradiction").refuse_contradiction
+            for role in roles:
+                refuse(role, self.aux[role])
 
     def context(self, config: TrainConfig, roles: Sequence[str] = (), processes: int = 1, rank: int = 0) -> StepContext:
         """A StepContext over the model, with auxiliary batches for `roles`."""

@@ -62,6 +62,7 @@ def bench(job: Job, aligned: bool = True) -> Workbench:
         prepared=prepared.path("prepared") if prepared else None,
         stop=job.check,
         progress=job.progress,
+        allow_contradicting_rows=job.config.get("allow_contradicting_rows", False),
     )
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from apothecary.curate.keep import keep
+from apothecary.curate.keep import dropped, keep
 from apothecary.data.rows import RowFile, write_rows
 from apothecary.evals.ranking import planted, ranking
 from apothecary.pipeline.steps import chain
@@ -24,4 +24,5 @@ def curate(job: Job) -> Mapping[str, Any]:
     write_rows(job.folder / "rows.jsonl", kept)
     kinds = planted(rows)
     known = {"ranking": ranking(scores, kinds)} if kinds else {}
-    return {"rows": len(kept), "pool": len(rows), "work": float(len(rows)), **known}
+    counts = {"rows": len(kept), "pool": len(rows), "dropped": dropped(scores.values())}
+    return {**counts, "work": float(len(rows)), **known}
