@@ -40,6 +40,11 @@ def test_equal_scores_are_kept_by_their_share():
     assert flat["kept"]["0.5"]["kinds"] == {"benign": 0.5, "garbled": 0.5, "good": 1.0}
 
 
+def test_a_row_that_was_left_out_is_never_kept():
+    found = ranking({"a": 1.0, "b": -math.inf, "c": -math.inf, "d": -math.inf}, KINDS)["kept"]["0.5"]
+    assert found == {"precision": 1.0, "kinds": {"benign": 0.0, "garbled": 0.0, "good": 1.0}}
+
+
 def test_only_a_pool_that_says_what_every_row_is_can_be_judged():
     rows = [Row(name, (("user", name),), "x", meta={"planted": kind}) for name, kind in KINDS.items()]
     assert planted(rows) == KINDS

@@ -5,6 +5,7 @@ A row of such a pool says in `meta.planted` what it is: "good", or the name of i
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -31,7 +32,8 @@ def ranking(scores: Mapping[str, float], kinds: Mapping[str, str]) -> dict[str, 
     """`auc` of good rows against all others, and the rows kept at each share of the pool.
 
     `kept[share]` has `precision`, the share of good rows among those kept, and `kinds`, how many of each kind are kept.
-    Rows of equal score count as if drawn at random: they enter with the share of them that fits.
+    Rows of equal score count as if drawn at random: they enter with the share of them that fits.  Rows that the selector
+    left out (-inf) are never kept, so that there may be fewer.
     """
     good = [scores[name] for name, kind in kinds.items() if kind == GOOD]
     other = [scores[name] for name, kind in kinds.items() if kind != GOOD]
@@ -40,8 +42,9 @@ def ranking(scores: Mapping[str, float], kinds: Mapping[str, str]) -> dict[str, 
 
 
 def _kept(scores: Mapping[str, float], kinds: Mapping[str, str], share: float) -> dict[str, Any]:
-    size = max(1, round(share * len(kinds)))
-    lowest = sorted((scores[name] for name in kinds), reverse=True)[size - 1]
+    usable = sorted((scores[name] for name in kinds if scores[name] > -math.inf), reverse=True)
+    size = min(max(1, round(share * len(kinds))), len(usable))
+    lowest = usable[size - 1]
     above = Counter(kind for name, kind in kinds.items() if scores[name] > lowest)
     ties = Counter(kind for name, kind in kinds.items() if scores[name] == lowest)
     part = (size - above.total()) / ties.total()
