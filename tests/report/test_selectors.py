@@ -67,10 +67,11 @@ def test_seeds_that_agree_do_not_make_an_order_certain():
 def pools(aucs, against):
     """One selector on pools of 40 rows, 10 of them good, which share none."""
     kept = {"0.25": {"precision": 0.5, "kinds": {"good": 5, "bad": 5}}}
-    stages = [{"kind": "curate", "arm": "pick", "seed": seed, "planted": {"good": 10, "bad": 30}, "against": pair,
+    stages = [{"kind": "curate", "arm": "pick", "seed": seed, "against": pair,
                "metrics": {"ranking": {"auc": auc, "rows": 40, "kept": kept}}}
               for seed, (auc, pair) in enumerate(zip(aucs, against, strict=True))]  # fmt: skip
-    return {"disjoint_pools": True, "recipe": {"arms": [{"name": "pick", "curate": PICK}]}, "stages": stages}
+    return {"disjoint_pools": {"0": {"good": 10, "bad": 30}}, "stages": stages,
+            "recipe": {"arms": [{"name": "pick", "curate": PICK}]}}  # fmt: skip
 
 
 def test_pools_without_a_row_in_common_add_up():
@@ -84,9 +85,9 @@ def test_pools_without_a_row_in_common_add_up():
 def test_selectors_are_compared_on_the_rows_that_both_ranked():
     alike = ranked(pools([0.9] * 3, [{"other": [-0.1, 0.03]}] * 3))[0].less("other")
     half = 1.96 * 0.03 / 3**0.5
-    assert alike == f"\u22120.100 [\u2212{0.1 + half:.3f}, \u2212{0.1 - half:.3f}]", "pools that agree: the rows speak"
+    assert alike == f"\u22120.1000 [\u2212{0.1 + half:.4f}, \u2212{0.1 - half:.4f}]", "pools that agree: the rows speak"
     apart = ranked(pools([0.9] * 3, [{"other": [shift, 0.0]} for shift in (-0.1, 0.0, 0.1)]))[0]
-    assert apart.less("other") == "+0.000 [\u22120.248, +0.248]", "pools that differ: t = 4.303 times 0.1 / sqrt 3"
+    assert apart.less("other") == "+0.0000 [\u22120.2484, +0.2484]", "pools that differ: t = 4.303 times 0.1 / sqrt 3"
     cells = rankings([apart], "other")
     assert cells[0][1:3] == ["AUC", "less `other`"] and cells[1][2] == apart.less("other")
 

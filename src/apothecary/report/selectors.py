@@ -99,7 +99,7 @@ class Ranked:
         mean, error = fmean(differences), math.hypot(*(error for _, error in pairs)) / len(pairs)
         half = NormalDist().inv_cdf((1 + LEVEL) / 2) * error
         found = _wider(mean, Interval(mean - half, mean + half), differences, (-1, 1))
-        return _shown(mean, found, sign="+").replace("-", "\u2212")
+        return _shown(mean, found, digits=4, sign="+").replace("-", "\u2212")
 
 
 def ranked(results: Mapping[str, Any]) -> list[Ranked]:
@@ -130,8 +130,8 @@ def _ranked_pools(results: Mapping[str, Any]) -> list[Ranked]:
     for stage in results["stages"]:
         by_arm.setdefault(stage["arm"], {})[stage["seed"]] = stage
     lines = []
+    planted = next(iter(results["disjoint_pools"].values()))
     for arm, stages in by_arm.items():
-        planted = next(iter(stages.values()))["planted"]
         found = {seed: stage["metrics"]["ranking"] for seed, stage in stages.items()}
         against = {seed: stage["against"] for seed, stage in stages.items()}
         good = planted["good"] / sum(planted.values())
