@@ -21,12 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from apothecary.registry import EVIDENCE, KINDS, Entry, entries, lookup
+from apothecary.report.selectors import ranked
 from apothecary.report.summary import PLAIN, Group, Summary, summarise
 from apothecary.report.tables import measured
 from apothecary.report.text import NOTHING, number, ratio
 
 ROOT = Path(__file__).parents[1]
 PAGES, RESULTS = ROOT / "docs" / "methods", ROOT / "recipes" / "results"
+RANKINGS, KEPT = ("curation", "curation_ranking"), "0.25"  # studies of a planted pool, and the share that is shown
 BY_HAND = ("What it is for", "When not to use it", "Where it fails", "Numbers of the paper")
 UNWRITTEN = "To be written."
 STAGES = {"curate": "chooses alignment rows", "align": "aligns the model", "finetune": "trains on the customer's rows",
@@ -207,7 +209,21 @@ def measurements(entry: Entry) -> list[str]:
             shares = {group.p for group in mine}
             beside = [group for group in view.tuned if group.arm == view.undefended and group.p in shares]
             made.append(_measured(file, view, [*(g for g in beside if g not in mine), *mine]))
-    return made
+    return [*orders(entry), *made] if entry.kind == "curate" else made
+
+
+def orders(entry: Entry) -> Iterator[str]:
+    """How a selector ordered the lab's planted pool, from each study that let it."""
+    for file in (RESULTS / f"{name}.json" for name in RANKINGS):
+        if not file.exists():
+            continue
+        found = [one for one in ranked(json.loads(file.read_text("utf-8"))) if one.curate["method"] == entry.name]
+        if found:
+            rows = [["arm", "seeds", "AUC", f"good of {100 * float(KEPT):g} % kept, percent"]]
+            rows += [[one.name, str(len(one.found)), one.auc, one.precision(KEPT)] for one in found]
+            pools = "a pool of its own for each seed" if found[0].pools > 1 else "one pool for all seeds"
+            link = f"[{file.stem}](../../{file.relative_to(ROOT)})"
+            yield f"{link}, how good rows were ranked ({pools}), with 95 % intervals:\n\n{table(rows)}"
 
 
 def _measured(file: Path, view: Summary, groups: list[Group]) -> str:

@@ -16,9 +16,9 @@ from typing import Any
 
 from apothecary.report.markdown import markdown
 from apothecary.report.paired import difference
-from apothecary.report.selectors import Saving, as_markdown, rankings, savings, spread
+from apothecary.report.selectors import Ranked, Saving, as_markdown, ranked, rankings, savings, spread
 from apothecary.report.summary import Group, summarise
-from apothecary.report.text import NOTHING, points, ratio
+from apothecary.report.text import NOTHING, bounds, number, points, ratio
 
 ROOT = Path(__file__).parents[1]
 PAGES = tuple(ROOT / "docs" / name for name in ("attacks.md", "curation.md", "lab.md"))
@@ -37,8 +37,34 @@ def claim() -> str:
     return markdown(read("security_vectors_claim"), only="vectors*")
 
 
-def ranked() -> str:
-    return as_markdown(rankings(read("curation")))
+def who_finds() -> str:
+    return as_markdown(rankings(ranked(read("curation"))))
+
+
+def three_pools() -> str:
+    """Every selector as it is used, on pools that share no row."""
+    found = [one for one in ranked(read("curation_ranking")) if not one.arm.startswith("match")]
+    return as_markdown(rankings(found, reference=_reference(found)))
+
+
+def _reference(found: list[Ranked]) -> str:
+    """Pharmacist as published, or its fast mode where that was too dear to run."""
+    return next(name for name in ("pharmacist", "pharmacist score") if name in {one.arm for one in found})
+
+
+def taken_apart() -> str:
+    """post_attack_match with one part changed, beside itself with the same parameters."""
+    found = {one.arm: one for one in ranked(read("curation_ranking"))}
+    cells = [["post_attack_match", *(text for layout in ("all parameters", "LoRA") for text in
+              (f"AUC, {layout}", "less the default's", "good of 50 % kept"))]]  # fmt: skip
+    for variant in ("", *(arm.removeprefix("match") for arm in found if arm.startswith("match,"))):
+        line = [variant.removeprefix(", ") or "the default: alpha 0.1, sum, no warm-up"]
+        for layout in ("", " LoRA"):
+            default = f"post_attack_match{layout}"
+            one = found.get(f"match{layout}{variant}" if variant else default)
+            line += [one.auc, one.less(default), one.precision("0.5")] if one else [NOTHING] * 3
+        cells.append(line)
+    return as_markdown(cells)
 
 
 def agreement() -> str:
@@ -72,21 +98,38 @@ def selectors() -> str:
 
 
 def time() -> str:
-    """Selection + alignment beside alignment on the whole pool, and what either leaves of safety."""
+    """Selection + alignment beside alignment on the whole pool, and what either leaves of safety and of the task."""
     results = read("curation_time")
     view = summarise(results)
     shares = sorted({group.p for group in view.tuned if group.p})
     cells = [["rows, method", "selection, s", "alignment, s", "whole pool, s", "share of its time", "break-even epochs",
-              *(f"HS at {ratio(p)}, less the whole pool's" for p in shares)]]  # fmt: skip
+              *(text for p in shares for text in (f"HS at {ratio(p)}, less the whole pool's", f"HS+ at {ratio(p)}",
+                                                  f"task at {ratio(p)}"))]]  # fmt: skip
+    wholes: dict[str, str] = {}
     for one in savings(results):
-        whole = next(arm["name"] for arm in results["recipe"]["arms"] if arm["align"] == one.whole.align
-                     and not arm.get("curate"))  # fmt: skip
-        harm = [_harm(view.at(one.selected.arm, p), view.at(whole, p)) for p in shares]
+        whole = _aligned_alike(results, one.whole.align)
         seconds = (one.selection, one.selected.seconds("align"), one.whole.seconds("align"))
-        means = (f"{fmean(part.values()):.0f}" for part in seconds)
+        means = [f"{fmean(part.values()):.0f}" for part in seconds]
+        wholes.setdefault(whole, means[2])
         pays = (spread(one.shares, digits=2, within=ANY), spread(one.break_even_epochs, digits=1, within=ANY))
-        cells.append([one.selected.arm, *means, *pays, *harm])
+        left = [cell for p in shares for cell in (_harm(view.at(one.selected.arm, p), view.at(whole, p)),
+                                                  *_left(view.at(one.selected.arm, p)))]  # fmt: skip
+        cells.append([one.selected.arm, *means, *pays, *left])
+    for arm, seconds in wholes.items():
+        left = [cell for p in shares for cell in ("", *_left(view.at(arm, p)))]
+        cells.append([arm, "", "", seconds, "", "", *left])
     return as_markdown(cells)
+
+
+def _aligned_alike(results: Results, align: Mapping[str, Any]) -> str:
+    """The arm that aligns so on all rows: "aligned" stands for it among the aligned models."""
+    return next(arm["name"] for arm in results["recipe"]["arms"] if arm["align"] == align and not arm.get("curate"))
+
+
+def _left(group: Group | None) -> list[str]:
+    """HS+ and task accuracy."""
+    found = [group.get(*score) if group else None for score in (("harmful", "HS+"), ("task", "accuracy"))]
+    return [NOTHING if each is None else f"{number(each.value)} {bounds(each)}" for each in found]
 
 
 def pool_size() -> str:
@@ -123,7 +166,9 @@ def _harm(ours: Group | None, theirs: Group | None) -> str:
 
 
 PARTS: Mapping[str, Callable[[], str]] = {
-    part.__name__: part for part in (attacks, claim, ranked, agreement, aligned, methods, selectors, time, pool_size)
+    part.__name__: part
+    for part in (attacks, claim, who_finds, three_pools, taken_apart, agreement, aligned, methods, selectors, time,
+                 pool_size)
 }
 
 

@@ -71,6 +71,15 @@ def test_limit_and_mapping(tmp_path):
     assert [(row.text, row.response) for row in load_rows(source)] == [("q0", "a0"), ("q1", "a1"), ("q2", "a2")]
 
 
+def test_skip_leaves_out_the_first_rows_before_limit_counts(tmp_path):
+    path = str(write(tmp_path / "rows.jsonl", [{"prompt": f"q{i}", "response": f"a{i}"} for i in range(5)]))
+    parts = [load_rows({"path": path, "skip": skip, "limit": 2}) for skip in (0, 2, 4)]
+    assert [[row.text for row in part] for part in parts] == [["q0", "q1"], ["q2", "q3"], ["q4"]]
+    assert [row.id for part in parts for row in part] == [row.id for row in load_rows(path)], "a row keeps its id"
+    with pytest.raises(DataError, match="has 5 rows and skip 5 leaves none of them"):
+        load_rows({"path": path, "skip": 5})
+
+
 def test_lab_sets_load_by_name():
     rows = load_rows("lab:pairs", role="pairs")
     assert len(rows) == 100
@@ -175,6 +184,8 @@ def test_unknown_lab_name_gets_a_suggestion():
         ({"path": "x.csv", "columns": ["prompt"]}, "expected a mapping such as prompt: question"),
         ({"path": "x.csv", "columns": {"promt": "text"}}, "names 'promt'; did you mean 'prompt'"),
         ({"path": "x.csv", "limit": 0}, "has limit 0, expected a whole number of at least 1"),
+        ({"path": "x.csv", "skip": -1}, "has skip -1, expected a whole number of at least 0"),
+        ({"path": "x.csv", "skip": "2"}, "has skip '2', expected a whole number"),
         ({"path": "x.csv", "format": "alpacca"}, "unknown format 'alpacca' of 'x.csv'; did you mean 'alpaca'"),
     ],
 )
@@ -199,7 +210,8 @@ def test_digest_follows_everything_that_decides_the_rows(tmp_path):
     base = source_digest(path)
     assert source_digest({"path": path}) == base
     others = [
-        *({"path": path, **more} for more in ({"limit": 1}, {"columns": {"prompt": "response"}}, {"format": "prompt"})),
+        *({"path": path, **more} for more in ({"limit": 1}, {"skip": 1}, {"format": "prompt"})),
+        {"path": path, "columns": {"prompt": "response"}},
         *("a/b@v1", "a/b@v2", "a/b@v1:test", {"path": "a/b@v1", "subset": "main"}, "lab:align"),
     ]
     digests = [base, *map(source_digest, others)]

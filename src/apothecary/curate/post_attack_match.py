@@ -8,9 +8,10 @@ f: mean token loss on validation rows (safe answers), h: on harmful rows, theta_
 Cost: one pass over the harmful and the validation rows, 2 forwards over the pool, no training.
 
 It is Pharmacist's score without its warm-up, its learnt weights and its mean over tokens, and none of its claims carry
-over.  Chosen on tuning rows of the lab: the sum over tokens earned most, a warm-up cost signal, and the attack earned
-nothing (alpha 0 ranked as well).  LoRA needs no warm-up either: at B = 0 the gradient of B alone carries the signal.
-docs/curation.md has what it is worth on rows that it was not chosen on.
+over.  Taken apart on three pools of the lab, at an AUC of 0.998 (docs/curation.md): the sum over tokens is worth 0.07
+with all parameters and 0.08 with LoRA; a warm-up on a tenth of the pool costs 0.04 and 0.01, on 40 % 0.09 and 0.03; the
+simulated attack earns nothing, alpha 0 and 0.3 being within 0.002 of 0.1.  LoRA needs no warm-up either: at B = 0 the
+gradient of B alone carries the signal.  One small model and one kind of pool: elsewhere the attack may count for more.
 Limits: rows are kept for being like the validation rows.  Where these are refusals, plain questions with good answers
 rank low, and a model aligned on the kept rows alone refuses everything: add such rows after the selection, or have them
 among the validation rows.  A sum favours long answers.
@@ -41,7 +42,7 @@ class PostAttackMatch(Selector):
     row_loss: Literal["sum", "mean"] = "sum"  # over the response tokens of a row; "mean" ranks cut answers high
     gradient: Literal["central", "exact"] = "central"  # s_j by two forwards, or by one backward per row
     sweep_batch_size: int = 32  # >= 1, rows scored at a time; changes nothing but speed and memory
-    warmup_share: float = 0.0  # of the pool, in [0, 1], to train on before; costs the match its signal
+    warmup_share: float = 0.0  # of the pool, in [0, 1], to train on before; cost signal on the lab
     warmup: TrainConfig = WARM_UP  # how; its parameters are those scored
 
     needs = Needs(roles=("validation", "harmful"))

@@ -29,6 +29,7 @@ class DataSource:
     limit: int | None = None  # the first rows only; at least 1
     format: str | None = None  # messages, preference, completion, alpaca, prompt; None: told by the columns
     subset: str | None = None  # configuration of a hub data set that has several
+    skip: int = 0  # leave out so many rows at the start; `limit` counts those after them
 
     def __post_init__(self) -> None:
         if not isinstance(self.path, str) or not self.path:
@@ -42,6 +43,8 @@ class DataSource:
                 raise ConfigError(f"columns of '{self.path}' names '{name}'; {did_you_mean(str(name), COLUMNS)}")
         if self.limit is not None and (not isinstance(self.limit, int) or self.limit < 1):
             raise ConfigError(f"'{self.path}' has limit {self.limit!r}, expected a whole number of at least 1, or none")
+        if not isinstance(self.skip, int) or isinstance(self.skip, bool) or self.skip < 0:
+            raise ConfigError(f"'{self.path}' has skip {self.skip!r}, expected a whole number of at least 0")
         if self.format is not None and self.format not in FORMAT_NAMES:
             hint = did_you_mean(str(self.format), FORMAT_NAMES)
             raise ConfigError(f"unknown format '{self.format}' of '{self.path}'; {hint}")
@@ -82,7 +85,10 @@ def load_rows(spec: str | Path | Mapping[str, Any] | DataSource, role: str = "")
     else:
         path = _file(source)
         name, records = path.name, read_records(read_bytes(path), path.name, path.suffix.lower())
-    return to_rows(records[: source.limit], name, role, source.columns, source.format)
+    chosen = records[source.skip :][: source.limit]
+    if not chosen:
+        raise DataError(f"{name} has {len(records)} rows and skip {source.skip} leaves none of them; lower skip")
+    return to_rows(chosen, name, role, source.columns, source.format)
 
 
 def source_digest(spec: str | Path | Mapping[str, Any] | DataSource) -> str:
@@ -92,6 +98,7 @@ def source_digest(spec: str | Path | Mapping[str, Any] | DataSource) -> str:
     """
     source = DataSource.parse(spec)
     settings: list[Any] = [source.columns, source.limit, source.format]
+    settings += [{"skip": source.skip}] if source.skip else []  # digests of sources that skip nothing stay as they were
     if _is_hub(source):
         return _sha256(json.dumps([source.path, source.split, source.subset, *settings], sort_keys=True).encode())
     path = _file(source)
@@ -144,7 +151,8 @@ def _hub_records(source: DataSource) -> list[Record]:
     name, _, revision = source.path.partition("@")
     try:
         rows = load_dataset(name, source.subset, revision=revision, split=source.split)
-        rows = rows.select(range(min(source.limit or len(rows), len(rows))))  # type: ignore[union-attr, arg-type]
+        needed = len(rows) if source.limit is None else min(source.skip + source.limit, len(rows))  # type: ignore[arg-type]
+        rows = rows.select(range(needed))  # type: ignore[union-attr]
         records = [Record(f"row {number}", dict(row)) for number, row in enumerate(rows, 1)]
     except Exception as error:  # the hub's libraries raise a dozen unrelated families
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

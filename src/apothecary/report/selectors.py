@@ -5,14 +5,15 @@ Read from stored results (`pipeline.combined.compact`), whose aligned models tel
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from statistics import fmean
+from dataclasses import dataclass, field
+from statistics import NormalDist, fmean
 from typing import Any
 
 from apothecary.report.summary import LEVEL
 from apothecary.report.text import NOTHING
-from apothecary.stats import mean_interval
+from apothecary.stats import Interval, auc_interval, mean_interval, share_interval
 
 Cells = list[list[str]]
 
@@ -47,23 +48,105 @@ def made(results: Mapping[str, Any]) -> dict[str, Made]:
             for arm, by_seed in found.items()}  # fmt: skip
 
 
-def rankings(results: Mapping[str, Any]) -> Cells:
-    """AUC of good rows against others, and the share of good rows among those kept, for each selector.
+@dataclass(frozen=True)
+class Ranked:
+    """How one selector ordered rows whose faults are known; what was found is by seed."""
 
-    Each selection is listed once, under the first arm that uses it.  Raises ValueError where no faults are known.
+    arm: str
+    curate: Mapping[str, Any]
+    found: Mapping[int, Mapping[str, Any]]  # auc, rows, kept
+    good: float = 0.5  # share of good rows in the pool
+    pools: int = 1  # the seeds ranked one pool, or as many as there are seeds, without a row in common
+    against: Mapping[int, Mapping[str, Sequence[float]]] = field(default_factory=dict)  # AUC less a reference's, error
+
+    @property
+    def name(self) -> str:
+        return self.arm.rpartition(", sft")[0] or self.arm
+
+    @property
+    def aucs(self) -> list[float]:
+        return [one["auc"] for one in self.found.values()]
+
+    @property
+    def auc(self) -> str:
+        """The mean over seeds; the wider of Student's t over them and the interval over the rows, on either side.
+
+        Seeds that rank the same rows know nothing of other rows, and a selector that draws no lots gives them one
+        number.
+        """
+        rows = self.pools * next(iter(self.found.values()))["rows"]
+        good = round(self.good * rows)
+        mean = fmean(self.aucs)
+        return _shown(mean, _wider(mean, auc_interval(mean, good, rows - good, LEVEL), self.aucs, (0, 1)))
+
+    @property
+    def shares(self) -> list[str]:
+        return list(next(iter(self.found.values()))["kept"])
+
+    def precision(self, share: str) -> str:
+        """Percent of good rows among those kept, with the interval of any share (`stats.share_interval`)."""
+        kept = [one["kept"][share] for one in self.found.values()]
+        rows = self.pools * round(sum(kept[0]["kinds"].values()))
+        found = [one["precision"] for one in kept]
+        return _shown(fmean(found), share_interval(found, rows, LEVEL), 100, 0)
+
+    def less(self, reference: str) -> str:
+        """The mean over pools of AUC less the reference's on the same rows; intervals as for the AUC, paired."""
+        pairs = [one[reference] for one in self.against.values() if reference in one]
+        if not pairs:
+            return ""
+        differences = [value for value, _ in pairs]
+        mean, error = fmean(differences), math.hypot(*(error for _, error in pairs)) / len(pairs)
+        half = NormalDist().inv_cdf((1 + LEVEL) / 2) * error
+        found = _wider(mean, Interval(mean - half, mean + half), differences, (-1, 1))
+        return _shown(mean, found, digits=4, sign="+").replace("-", "\u2212")
+
+
+def ranked(results: Mapping[str, Any]) -> list[Ranked]:
+    """The selectors of a study by falling AUC, each selection once, under the first arm that uses it.
+
+    Raises ValueError where no faults are known.
     """
-    lines: dict[str, tuple[str, list[Mapping[str, Any]]]] = {}
-    for one in made(results).values():
-        found = [entry["curate"]["ranking"] for entry in one.by_seed.values() if "ranking" in entry.get("curate", {})]
-        if found:
-            lines.setdefault(repr(one.curate), (one.arm, found))
-    if not lines:
+    found = _ranked_pools(results) if results.get("disjoint_pools") else _ranked_by_arms(results)
+    if not found:
         raise ValueError("no selector of these results ranked a pool whose faults are known")
-    shares = list(next(iter(lines.values()))[1][0]["kept"])
-    cells = [["selector", "AUC", *(f"good of {100 * float(share):g} % kept" for share in shares)]]
-    for arm, found in sorted(lines.values(), key=lambda line: -fmean(one["auc"] for one in line[1])):
-        kept = (spread([one["kept"][share]["precision"] for one in found], 100, 0) for share in shares)
-        cells.append([arm.rpartition(", ")[0] or arm, spread([one["auc"] for one in found]), *kept])
+    return sorted(found, key=lambda one: -fmean(one.aucs))
+
+
+def _ranked_by_arms(results: Mapping[str, Any]) -> list[Ranked]:
+    lines: dict[str, Ranked] = {}
+    for one in made(results).values():
+        found = {seed: entry["curate"]["ranking"] for seed, entry in one.by_seed.items()
+                 if "ranking" in entry.get("curate", {})}  # fmt: skip
+        if found and one.curate:
+            lines.setdefault(repr(one.curate), Ranked(one.arm, one.curate, found))
+    return list(lines.values())
+
+
+def _ranked_pools(results: Mapping[str, Any]) -> list[Ranked]:
+    """Of scripts/rank_pools.py, whose stages are selections alone."""
+    sections = {arm["name"]: arm["curate"] for arm in results["recipe"]["arms"]}
+    by_arm: dict[str, dict[int, Mapping[str, Any]]] = {}
+    for stage in results["stages"]:
+        by_arm.setdefault(stage["arm"], {})[stage["seed"]] = stage
+    lines = []
+    planted = next(iter(results["disjoint_pools"].values()))
+    for arm, stages in by_arm.items():
+        found = {seed: stage["metrics"]["ranking"] for seed, stage in stages.items()}
+        against = {seed: stage["against"] for seed, stage in stages.items()}
+        good = planted["good"] / sum(planted.values())
+        lines.append(Ranked(arm, sections[arm], found, good, len(stages), against))
+    return lines
+
+
+def rankings(found: Sequence[Ranked], reference: str = "") -> Cells:
+    """AUC of good rows against others, and the share of good rows among those kept, for each selector."""
+    shares = found[0].shares
+    cells = [["selector", "AUC", *([f"less `{reference}`"] * bool(reference)),
+              *(f"good of {100 * float(share):g} % kept" for share in shares)]]  # fmt: skip
+    for one in found:
+        beside = [one.less(reference)] if reference else []
+        cells.append([one.name, one.auc, *beside, *map(one.precision, shares)])
     return cells
 
 
@@ -100,11 +183,25 @@ def savings(results: Mapping[str, Any]) -> list[Saving]:
 
 def spread(values: Sequence[float], scale: float = 1, digits: int = 3, within: tuple[float, float] = (0, 1)) -> str:
     """The mean with its t interval over seeds, cut to the values that are possible: `0.912 [0.880, 0.944]`."""
-    mean = f"{scale * fmean(values):.{digits}f}"
+    mean = fmean(values)
     if len(values) < 2:
-        return mean
-    low, high = (scale * min(within[1], max(within[0], end)) for end in mean_interval(values, LEVEL))
-    return f"{mean} [{low:.{digits}f}, {high:.{digits}f}]"
+        return f"{scale * mean:.{digits}f}"
+    low, high = (min(within[1], max(within[0], end)) for end in mean_interval(values, LEVEL))
+    return _shown(mean, Interval(low, high), scale, digits)
+
+
+def _wider(mean: float, rows: Interval, values: Sequence[float], within: tuple[float, float]) -> Interval:
+    """The interval over rows, or Student's t over the seeds' values where that reaches further."""
+    low, high = rows
+    if len(values) > 1:
+        over_seeds = mean_interval(values, LEVEL)
+        low, high = min(low, over_seeds.low), max(high, over_seeds.high)
+    return Interval(max(within[0], low), min(within[1], high))
+
+
+def _shown(mean: float, interval: Interval, scale: float = 1, digits: int = 3, sign: str = "") -> str:
+    low, high = (f"{scale * end:{sign}z.{digits}f}" for end in interval)
+    return f"{scale * mean:{sign}z.{digits}f} [{low}, {high}]"
 
 
 def as_markdown(cells: Iterable[Sequence[str]]) -> str:
