@@ -32,8 +32,8 @@ def ranking(scores: Mapping[str, float], kinds: Mapping[str, str]) -> dict[str, 
     """`auc` of good rows against all others, and the rows kept at each share of the pool.
 
     `kept[share]` has `precision`, the share of good rows among those kept, and `kinds`, how many of each kind are kept.
-    Rows of equal score count as if drawn at random: they enter with the share of them that fits.  Rows that the selector
-    left out (-inf) are never kept, so that there may be fewer.
+    Rows of equal score count as if drawn at random: they enter with the share of them that fits.  Rows that the
+    selector left out (-inf) are never kept, so that there may be fewer.
     """
     good = [scores[name] for name, kind in kinds.items() if kind == GOOD]
     other = [scores[name] for name, kind in kinds.items() if kind != GOOD]
