@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 
 import pytest
-from benches import Halt, halt_at, make_bench
+from benches import Halt, halt_at, make_bench, make_rows
 
 from apothecary.train import progress
+from apothecary.train.config import TrainConfig
+from apothecary.train.fit import train
+from apothecary.train.method import TrainingMethod
 from apothecary.train.progress import watched
 
 
@@ -28,3 +31,17 @@ def test_a_long_loop_is_told_once_after_its_first_item(tmp_path, monkeypatch, ca
             assert len(caplog.records) == item
     assert "turns: 30 steps, about 30.0 min and" in caplog.records[0].message
     assert "turns: 30 steps" in capsys.readouterr().out
+
+
+def test_a_training_tells_after_its_first_step_what_the_others_take(tmp_path, monkeypatch, caplog):
+    def told(limit):
+        monkeypatch.setattr(progress, "WORTH_TELLING", limit)
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "apothecary.train.progress"):
+            train(make_bench(tmp_path / str(limit)), TrainingMethod(), make_rows("align", 8),
+                  TrainConfig(batch_size=2, max_steps=4, save_every=0))  # fmt: skip
+        return [record.message for record in caplog.records]
+
+    (message,) = told(0.0)
+    assert "3 more steps, about 0.0 min and" in message and "GiB of cpu memory" in message
+    assert told(1e9) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from apothecary.models.merging import refuse_merged
 from apothecary.train.config import TrainConfig
 from apothecary.train.method import State, TrainingMethod
 from apothecary.train.on_demand import OnDemand, lengths_of
+from apothecary.train.progress import estimate
 from apothecary.train.trainer import MethodTrainer, complete_checkpoints
 from apothecary.train.workbench import Workbench
 
@@ -90,7 +92,7 @@ def train(bench: Workbench, method: TrainingMethod, rows: Sequence[Row] | OnDema
     trainer = MethodTrainer(
         method=method, state=state, context=context, rows=rendered, pad_id=bench.pad_id,
         batch_size=config.batch_size, seed=bench.seed, keep_checkpoints=config.keep_checkpoints, stop=bench.stop,
-        model=context.model, args=args, callbacks=[callback, *_progress(bench)])  # fmt: skip
+        model=context.model, args=args, callbacks=[callback, *_progress(bench, method.name)])  # fmt: skip
     callback.trainer = trainer
     trainer.remove_callback(transformers.PrinterCallback)
     found = complete_checkpoints(Path(str(args.output_dir)))
@@ -199,6 +201,26 @@ def _refuse_layout(method: TrainingMethod, layout: str) -> None:
                             f"launch it as {' or '.join(method.needs.layouts)}")  # fmt: skip
 
 
+class _Estimate(TrainerCallback):
+    """Tell after the first step what the whole training takes, where that is worth knowing."""
+
+    def __init__(self, bench: Workbench, name: str) -> None:
+        self.bench, self.name, self.began = bench, name, 0.0
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.told = False
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if not self.told and state.is_world_process_zero:
+            left = state.max_steps - state.global_step
+            seconds = (time.perf_counter() - self.began) * left
+            estimate(self.bench, f"training {self.name}: {left:,} more steps", seconds)
+        self.told = True
+
+
 class _Bar(transformers.trainer_callback.ProgressCallback):
     """The library's bar with the loss at its end, in place of a dictionary for each logged step."""
 
@@ -208,5 +230,5 @@ class _Bar(transformers.trainer_callback.ProgressCallback):
             bar.set_postfix(loss=f"{logs['loss']:.3f}")
 
 
-def _progress(bench: Workbench) -> list[TrainerCallback]:
-    return [_Bar()] if bench.progress else []
+def _progress(bench: Workbench, name: str) -> list[TrainerCallback]:
+    return [_Estimate(bench, name), *([_Bar()] if bench.progress else [])]

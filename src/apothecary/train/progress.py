@@ -29,8 +29,8 @@ def watched(bench: Workbench, items: Iterable[Item], total: int, name: str, unit
             bench.stop()
             began = time.perf_counter()
             yield item
-            if i == 0 and (seconds := (time.perf_counter() - began) * total) > WORTH_TELLING:
-                tell(bar, f"{name}: {total:,} {unit}s", seconds)
+            if i == 0:
+                estimate(bench, f"{name}: {total:,} {unit}s", (time.perf_counter() - began) * total)
             bar.update()
 
 
@@ -43,8 +43,15 @@ def bar_of(bench: Workbench, total: int, name: str, unit: str = "row") -> tqdm:
     return tqdm(total=total, desc=name, unit=unit, disable=not bench.progress, leave=False)
 
 
-def tell(bar: tqdm, what: str, seconds: float, device: torch.device | None = None) -> None:
-    """Log, and write above the bar, how long `what` will take and how much memory was taken at the peak so far."""
+def estimate(bench: Workbench, what: str, seconds: float) -> None:
+    """`tell`, unless it is over before it is read."""
+    if seconds > WORTH_TELLING:
+        tell(bench.progress, what, seconds, next(bench.loaded.model.parameters()).device)
+
+
+def tell(shown: bool, what: str, seconds: float, device: torch.device | None = None) -> None:
+    """Log, and where bars are `shown` write above them, how long `what` will take and how much memory was taken at the
+    peak so far."""
     kind = device.type if device else "cpu"
     if kind == "cuda":
         import torch
@@ -54,5 +61,5 @@ def tell(bar: tqdm, what: str, seconds: float, device: torch.device | None = Non
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     text = f"{what}, about {seconds / 60:.1f} min and {memory / 2**30:.1f} GiB of {kind} memory"
     log.info(text)
-    if not bar.disable:
-        bar.write(text)
+    if shown:
+        tqdm.write(text)

@@ -98,7 +98,7 @@ class _Sweep:
             values[[position[row.row_id] for row in group]] = found
             if not self.told:  # the longest batch is the pilot: the memory that it needs is enough for the others
                 whole = (time.perf_counter() - began) * _padded(rendered, self.batch_size) / batch.input_ids.numel()
-                tell(bar, f"{self.name}: {left:,} rows", whole * left / len(part), self.ctx.device)
+                tell(not bar.disable, f"{self.name}: {left:,} rows", whole * left / len(part), self.ctx.device)
                 self.told = True
 
 
