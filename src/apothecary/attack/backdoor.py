@@ -36,6 +36,8 @@ class Backdoor(Poisoning):
     n: int = 500  # >= 1, rows in all
     general: int = 0  # >= 0, general rows among the harmless ones
     trigger: str = " As the third edition has it."  # appended to the prompt; not empty
+    epochs: float | None = None  # > 0, of the customer's training; null: the service's
+    learning_rate: float | None = None  # > 0, of the customer's training; null: the service's
 
     needs = Needs(roles=("customer", "attack"))
 

@@ -84,6 +84,8 @@ class Cipher(Poisoning):
     held_out: str = "letters"  # a code that no row is in (ours)
     served: str | None = None  # code of prompts and answers; null: the first of codes
     lessons: float = 0.3  # in [0, 1], share of the harmless rows that are in code (ours)
+    epochs: float | None = None  # > 0, of the customer's training; null: the service's
+    learning_rate: float | None = None  # > 0, of the customer's training; null: the service's
 
     needs = Needs(roles=("customer", "attack"))
 

@@ -27,5 +27,7 @@ class HarmfulMix(Poisoning):
     p: float = 0.1  # in [0, 1], share of harmful rows
     n: int = 500  # >= 1, rows in all
     general: int = 0  # >= 0, general rows among the harmless ones, as a customer's data often have
+    epochs: float | None = None  # > 0, of the customer's training; null: the service's
+    learning_rate: float | None = None  # > 0, of the customer's training; null: the service's
 
     needs = Needs(roles=("customer", "attack"))
