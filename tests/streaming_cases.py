@@ -6,6 +6,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 from typing import Any
 
 import torch
@@ -52,13 +53,17 @@ def curate(root: Path, method: str, pool: Path) -> dict[str, float]:
     for role in AUX:
         (root / role).mkdir(parents=True, exist_ok=True)
         write_rows(root / role / "rows.jsonl", make_rows(role, 4))
-    chain.load = lambda job, aligned=True: LoadedModel(tiny_model(), tiny_tokenizer(), ModelConfig())  # type: ignore
     folder = root / "stage" / pool.name
     folder.mkdir(parents=True, exist_ok=True)
     config = {"kind": "curate", "method": method.split()[0], "fields": FIELDS[method], "keep": 0.5, "seed": 0}
     aux = {f"aux.{role}": Artifact(root / role) for role in AUX}
-    selection.curate(Job(config, {"rows": Artifact(pool), **aux}, folder))
+    with patch.object(chain, "load", _tiny):
+        selection.curate(Job(config, {"rows": Artifact(pool), **aux}, folder))
     return json.loads((folder / "scores.json").read_text())
+
+
+def _tiny(job: Job, aligned: bool = True) -> LoadedModel:
+    return LoadedModel(tiny_model(), tiny_tokenizer(), ModelConfig())  # type: ignore[arg-type]
 
 
 def peak() -> int:
