@@ -6,8 +6,8 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from unittest.mock import patch
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from benches import make_rows
