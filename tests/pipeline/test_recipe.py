@@ -27,7 +27,8 @@ def test_arms_change_what_they_name_and_keep_the_rest():
     assert vaccine.train.learning_rate == 6e-4 and vaccine.train.parameters == "full"
     assert found["random half"].curate.keep == 0.5 and found["undefended"].curate is None
     assert found["undefended"].attack.p == (0.0, 0.1)
-    assert found["undefended"].attack.points()[1] == (0.1, {"p": 0.1, "n": 50, "general": 0})
+    left = {"epochs": None, "learning_rate": None}  # to the service
+    assert found["undefended"].attack.points()[1] == (0.1, {"p": 0.1, "n": 50, "general": 0, **left})
 
 
 def test_an_arm_overrides_nested_training_data_and_attack():
