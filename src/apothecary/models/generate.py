@@ -49,7 +49,7 @@ def generate(
         eos_token_id=sorted(ends),
     )
     answers: list[list[int]] = [[] for _ in prompts]
-    with _evaluating(model), _own_settings(inner):
+    with evaluating(model), _own_settings(inner):
         for batch, ids_BT, mask_BT in _batches(prompts, tokenizer, inner.device, batch_size, left=True):
             output: Any = inner.generate(input_ids=ids_BT, attention_mask=mask_BT, generation_config=settings)
             for i, row in zip(batch, output[:, ids_BT.shape[1] :].tolist(), strict=True):
@@ -124,7 +124,7 @@ def answer_logits(
     inner = plain(model)
     widest = max(map(len, rows), default=1) * inner.config.get_text_config().vocab_size
     batch_size = min(batch_size, max(1, LOGITS // widest))
-    with _evaluating(model):
+    with evaluating(model):
         for batch, ids_BT, mask_BT in _batches(rows, tokenizer, inner.device, batch_size, left=False):
             logits_BTV = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
             for row, i in enumerate(batch):
@@ -192,7 +192,7 @@ def _own_settings(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Dropout off; each module's own mode is restored."""
     training = [module for module in model.modules() if module.training]
     model.eval()

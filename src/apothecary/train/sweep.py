@@ -14,19 +14,19 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from apothecary.data.chat import Rendered
 from apothecary.data.rows import Row, digest
 from apothecary.errors import TrainingError
+from apothecary.models.generate import evaluating
 from apothecary.train.batch import Batch, collate, weigh
 from apothecary.train.config import TrainConfig
 from apothecary.train.context import StepContext
@@ -69,7 +69,7 @@ class _Sweep:
 
     def run(self, rows: Sequence[Row], width: int, dtype: np.dtype) -> np.ndarray:
         store = _Chunks(self.bench.folder / "checkpoints" / "sweep" / self.name, (len(rows), width), dtype)
-        with _evaluating(self.ctx.model), bar_of(self.bench, len(rows), self.name) as bar:
+        with evaluating(self.ctx.model), bar_of(self.bench, len(rows), self.name) as bar:
             for start in range(0, len(rows), self.chunk):
                 part = [rows[i] for i in range(start, min(start + self.chunk, len(rows)))]
                 content = digest(part)
@@ -144,15 +144,3 @@ class _Chunks:
             file.flush()
             os.fsync(file.fileno())
         (self.folder / f"{start}-{content}").touch()
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off, each module's mode restored."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
