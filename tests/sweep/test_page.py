@@ -89,6 +89,14 @@ def test_an_unfinished_sweep_says_so(results: dict[str, Any]):
     render(results)
 
 
+def test_an_arm_whose_attacks_the_guard_shuts_out_is_not_passed_over(results: dict[str, Any]):
+    arm = results["arms"][1]
+    arm["worst"], arm["held_out"] = None, {**arm["held_out"], "trial": None, "worst": None}
+    assert "; of vaccine no attack within the guard was found, so nothing is known." in sentence(results)
+    arm["counts"]["running"] = 1
+    assert "vaccine" not in sentence(results)
+
+
 def test_what_a_reader_must_know_is_said(results: dict[str, Any]):
     found = " ".join(remarks(results))
     assert "undefended 1 and 2, vaccine 1 and 2. Their harm is unknown" in found and "not as successes" in found

@@ -32,7 +32,9 @@ def _told(results: dict[str, Any], arm: dict[str, Any], compared: dict[str, Any]
     if arm["not_shown"]:
         return f"the worst case of {_name(arm)} is not shown: {silence(arm)}"
     if not (found := _held(arm, "worst")):
-        return ""
+        searched = arm["counts"]["trials"] >= arm["budget"]["trials"] and not arm["counts"]["running"]
+        none = f"of {_name(arm)} no attack within the guard was found, so nothing is known"
+        return none if searched and arm["worst"] is None else ""
     return (f"{_name(arm)} {_word(results)} {percent(_estimate(found))} of held-out harmful prompts"
             + _default(arm) + _compared(compared))  # fmt: skip
 
