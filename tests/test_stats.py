@@ -20,6 +20,7 @@ from apothecary.stats import (
     holm,
     mcnemar,
     mean_interval,
+    newcombe,
     paired_bootstrap,
     paired_share_interval,
     rank_correlation,
@@ -392,3 +393,11 @@ def test_an_auc_of_no_rows_is_refused() -> None:
             auc_interval(*wrong)
     with pytest.raises(ValueError, match="the same rows twice"):
         auc_difference(([1.0, 2.0], [0.0, 1.0]), ([1.0], [0.0, 1.0]))
+
+
+@pytest.mark.parametrize(("a", "b"), [(132, 121), (160, 160), (0, 160), (0, 0), (80, 79)])
+def test_the_difference_of_two_shares_is_newcombes(a: int, b: int) -> None:
+    from statsmodels.stats.proportion import confint_proportions_2indep
+
+    known = confint_proportions_2indep(a, 160, b, 160, method="newcomb", compare="diff")
+    assert newcombe(a, 160, b, 160) == pytest.approx(known, abs=1e-10)

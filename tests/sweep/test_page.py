@@ -212,14 +212,6 @@ def test_decisions_of_the_guard_that_are_within_noise_are_named(committed: dict[
     assert dict(sweep_noise.decisions(arm))["default"] is None
 
 
-@pytest.mark.parametrize(("a", "b"), [(132, 121), (160, 160), (0, 160), (0, 0), (80, 79)])
-def test_the_interval_of_the_loss_is_newcombes(a: int, b: int):
-    from statsmodels.stats.proportion import confint_proportions_2indep
-
-    known = confint_proportions_2indep(a, 160, b, 150 + 10, method="newcomb", compare="diff")
-    assert sweep_noise.newcombe(a, 160, b, 160) == pytest.approx(known, abs=1e-10)
-
-
 def test_loss_on_held_out_rows_is_told_beside_task_accuracy(committed: dict[str, Any]):
     changed = copy.deepcopy(committed)
     assert not any("raises the loss" in line for line in remarks(changed))

@@ -16,7 +16,7 @@ from apothecary.errors import ConfigError
 from apothecary.pipeline.store import write_atomic, writing
 from apothecary.report.exams import about_judge
 from apothecary.report.remarks import remarks
-from apothecary.report.summary import Estimate, Group, Summary, summarise
+from apothecary.report.summary import Estimate, Group, Summary, recipe_arms, summarise
 from apothecary.report.tables import COLUMNS, Column, measured, proxy_note
 from apothecary.report.text import bounds, listed, ratio
 
@@ -132,8 +132,7 @@ def base_model(results: Mapping[str, Any]) -> dict[str, str]:
 def sections(results: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The settings of each stage behind the model: from the recipe's arm, or from the folder's lineage."""
     recipe = results.get("recipe") or {}
-    named = [arm for arm in recipe.get("arms") or () if isinstance(arm, Mapping) and arm["name"] == entry.get("arm")]
-    arm = named[0] if named else recipe
+    arm = recipe_arms(results).get(str(entry.get("arm")), recipe)
     found = {kind: dict(arm[kind]) for kind in KINDS if isinstance(arm.get(kind), Mapping)}
     for step in (entry.get("manifest") or {}).get("lineage") or ():
         found[step["kind"]] = {"method": step["method"], "seed": step["seed"], "fields": step["settings"],
@@ -149,8 +148,7 @@ def sections(results: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, 
 def data(results: Mapping[str, Any], entry: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """(role, source, digest of its rows) of all rows behind the model."""
     recipe = results.get("recipe") or {}
-    arms = [arm for arm in recipe.get("arms") or () if isinstance(arm, Mapping) and arm["name"] == entry.get("arm")]
-    sources = (arms[0] if arms else recipe).get("data") or {}
+    sources = recipe_arms(results).get(str(entry.get("arm")), recipe).get("data") or {}
     stages = [stage for stage in results.get("stages") or () if stage.get("kind") == "data"]
     digests = {stage["label"]: stage.get("digest") for stage in stages}
     found = [(role, str(source["path"]), str(digests.get(f"{role} rows: {source['path']}") or UNKNOWN))

@@ -14,7 +14,7 @@ from typing import Any
 
 from apothecary.config import canonical
 from apothecary.report.paired import Difference, difference, side
-from apothecary.report.summary import LEVEL, PLAIN, Group, Summary
+from apothecary.report.summary import LEVEL, PLAIN, Group, Summary, recipe_arms
 from apothecary.report.text import listed, point_size
 from apothecary.stats import holm
 
@@ -67,18 +67,11 @@ def _bare(view: Summary, group: Group) -> Group | None:
 
 def twin(view: Summary, group: Group) -> Group | None:
     """The arm without a defence that has the same rows, the same attacker and the same training, at the same share."""
-    arms = _told(view)
+    arms = recipe_arms(view.results)
     if group.arm not in arms:
         return None
     alike = [other for other in arms if other != group.arm and _undefended(arms[other], arms[group.arm])]
     return view.at(min(alike, key=lambda name: _adaptive(arms[name])), group.p) if alike else None
-
-
-def _told(view: Summary) -> dict[str, Mapping[str, Any]]:
-    """The recipe's arms by name."""
-    recipe = view.results.get("recipe")
-    told = recipe.get("arms") if isinstance(recipe, Mapping) else None
-    return {arm["name"]: arm for arm in told or () if isinstance(arm, Mapping)}
 
 
 def _undefended(other: Mapping[str, Any], arm: Mapping[str, Any]) -> bool:
@@ -110,13 +103,13 @@ def _adaptive(arm: Mapping[str, Any]) -> bool:
 
 def adaptive_arms(view: Summary) -> list[str]:
     """The arms whose attacker knows the defence, as far as the recipe tells."""
-    told = _told(view)
+    told = recipe_arms(view.results)
     return [arm for arm in view.arms if arm in told and _adaptive(told[arm])]
 
 
 def against_plain(view: Summary) -> list[Comparison]:
     """Every arm with an adaptive attack against the arm that differs from it in this alone."""
-    arms = _told(view)
+    arms = recipe_arms(view.results)
     same = {name: canonical({**arm, "name": None, "attack": _plain(arm)}) for name, arm in arms.items()}
     plain = {key: name for name, key in same.items() if not _adaptive(arms[name])}
     pairs = [(group, view.at(plain[same[group.arm]], group.p)) for group in view.tuned

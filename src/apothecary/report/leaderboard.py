@@ -20,7 +20,7 @@ from apothecary.pipeline.store import write_atomic, writing
 from apothecary.registry import entries
 from apothecary.report import exams, page
 from apothecary.report.coverage import coverage, least
-from apothecary.report.summary import Estimate, Group, Summary, summarise
+from apothecary.report.summary import Estimate, Group, Summary, recipe_arms, summarise
 from apothecary.report.tables import group_seconds, seconds
 from apothecary.report.text import listed
 
@@ -166,7 +166,7 @@ def _model(results: Mapping[str, Any]) -> str:
 
 def _of_sweep(results: Mapping[str, Any]) -> Iterator[Row]:
     recipe = results.get("recipe") or {}
-    told = {arm["name"]: arm for arm in recipe.get("arms") or () if isinstance(arm, Mapping) and "name" in arm}
+    told = recipe_arms(results)
     for arm in results["arms"]:
         held = arm.get("held_out") or {}
         default, worst = (_held(held.get(name)) for name in ("default", "worst"))

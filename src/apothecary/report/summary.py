@@ -176,10 +176,15 @@ def summarise(results: dict[str, Any]) -> Summary:
 
 def _attacks(results: Mapping[str, Any], tuned: Iterable[Group]) -> dict[str, str]:
     """From the recipe without what says how much; the attack's name alone where there is no recipe."""
+    found = {name: kind_of_attack(arm["attack"]) for name, arm in recipe_arms(results).items()}
+    return {group.arm: found.get(group.arm, group.note("attack") or "") for group in tuned}
+
+
+def recipe_arms(results: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The recipe's arms by name; empty where the results carry no recipe."""
     recipe = results.get("recipe")
     told = recipe.get("arms") if isinstance(recipe, Mapping) else None
-    found = {arm["name"]: kind_of_attack(arm["attack"]) for arm in told or () if isinstance(arm, Mapping)}
-    return {group.arm: found.get(group.arm, group.note("attack") or "") for group in tuned}
+    return {arm["name"]: arm for arm in told or () if isinstance(arm, Mapping) and "name" in arm}
 
 
 def kind_of_attack(attack: Mapping[str, Any] | None) -> str:

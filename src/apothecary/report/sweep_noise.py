@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from apothecary.report.text import shorten
-from apothecary.stats import Interval, wilson
+from apothecary.stats import Interval, newcombe
 
 
 @dataclass(frozen=True)
@@ -21,18 +20,6 @@ class Close:
     interval: Interval
     rows: int
     inside: bool
-
-
-def newcombe(a: int, n: int, b: int, m: int, level: float = 0.95) -> Interval:
-    """Interval for a / n - b / m, two shares of independent samples (Newcombe 1998, method 10, from Wilson's).
-
-    The attacked and the clean model answer the same rows; which of them each answers rightly is not kept for a trial,
-    and without that the interval is somewhat too wide.
-    """
-    p, q, first, second = a / n, b / m, wilson(a, n, level), wilson(b, m, level)
-    below = math.hypot(p - first.low, second.high - q)
-    above = math.hypot(first.high - p, q - second.low)
-    return Interval(p - q - below, p - q + above)
 
 
 def decisions(arm: dict[str, Any]) -> Iterator[tuple[int | str, Close | None]]:

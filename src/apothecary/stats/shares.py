@@ -1,10 +1,10 @@
-"""Intervals and paired tests: a number without an interval is not shown, and two differ only after a paired test."""
+"""Intervals and tests for shares and means, of one sample, of two, and in families."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from statistics import NormalDist, fmean, stdev
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ class Interval(NamedTuple):
     high: float
 
 
-def _check_level(level: float) -> None:
+def check_level(level: float) -> None:
     if not 0 < level < 1:
         raise ValueError(f"level is {level}, expected a number between 0 and 1 such as 0.95")
 
@@ -30,7 +30,7 @@ def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
 
     Raises ValueError unless 0 <= successes <= n and n >= 1.
     """
-    _check_level(level)
+    check_level(level)
     if n < 1 or not 0 <= successes <= n:
         raise ValueError(f"got {successes} successes of {n}, expected 0 <= successes <= n and n >= 1")
     z = NormalDist().inv_cdf((1 + level) / 2)
@@ -47,7 +47,7 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
     One value tells nothing of the spread between seeds: the answer is (nan, nan), and callers fall back to the
     Wilson interval over the prompts.  Raises ValueError for no values at all.
     """
-    _check_level(level)
+    check_level(level)
     if not values:
         raise ValueError("got no values, expected at least one")
     if len(values) == 1:
@@ -89,7 +89,7 @@ def paired_bootstrap(
 
     Prompts are drawn with replacement (Efron 1979); the same seed gives the same interval.
     """
-    _check_level(level)
+    check_level(level)
     _check_pairs(a, b)
     import numpy as np
 
@@ -117,99 +117,6 @@ def mcnemar(a: Sequence[bool | int], b: Sequence[bool | int]) -> float:
     return min(1.0, 2 * tail / 2**n)
 
 
-def auc(positive: Sequence[float], negative: Sequence[float]) -> float:
-    """The area under the ROC curve: how often a positive outranks a negative, ties counting one half.
-
-    Infinite scores have their place in the order.  Raises ValueError where either side is empty or a score is NaN.
-    """
-    from scipy.stats import rankdata
-
-    if not positive or not negative:
-        raise ValueError(f"got {len(positive)} positives and {len(negative)} negatives, expected some of both")
-    ranks = rankdata([*positive, *negative], nan_policy="raise")
-    n = len(positive)
-    return float((ranks[:n].sum() - n * (n + 1) / 2) / (n * len(negative)))
-
-
-def auc_interval(value: float, positives: int, negatives: int, level: float = 0.95) -> Interval:
-    """Interval for an AUC that so many rows of either kind gave, within [0, 1].
-
-    The standard error of Hanley and McNeil 1982, taken at the limit and not at the estimate, as Wilson does for shares
-    and Newcombe 2006 for this: the limits are those A at which
-
-        |value - A| = z sqrt((A (1 - A) + (p - 1) (A / (2 - A) - A^2) + (n - 1) (2 A^2 / (1 + A) - A^2)) / (p n))
-
-    so that a perfect order has an interval, too.  Raises ValueError for a value outside [0, 1] or a kind without rows.
-    """
-    _check_level(level)
-    if not 0 <= value <= 1 or min(positives, negatives) < 1:
-        raise ValueError(f"got an AUC of {value} from {positives} and {negatives} rows, expected one in [0, 1] from "
-                         "some of both")  # fmt: skip
-    low = _auc_limit(value, positives, negatives, level)
-    return Interval(low, 1 - _auc_limit(1 - value, negatives, positives, level))
-
-
-def _auc_limit(value: float, positives: int, negatives: int, level: float) -> float:
-    """The lower limit; the upper one is the lower one of the complement, with the kinds exchanged."""
-    from scipy.optimize import brentq
-
-    z = NormalDist().inv_cdf((1 + level) / 2)
-
-    def excess(a: float) -> float:
-        above, below = a / (2 - a) - a * a, 2 * a * a / (1 + a) - a * a
-        variance = (a * (1 - a) + (positives - 1) * above + (negatives - 1) * below) / (positives * negatives)
-        return value - a - z * math.sqrt(max(0.0, variance))
-
-    edge: Any = min(value, 1 - 1e-12)  # at 1 the error vanishes
-    found: Any = 0.0 if value <= 0 else brentq(excess, 0.0, edge, xtol=1e-14)
-    return float(found)
-
-
-def auc_difference(
-    a: tuple[Sequence[float], Sequence[float]], b: tuple[Sequence[float], Sequence[float]]
-) -> tuple[float, float]:
-    """AUC of `a` less that of `b`, with its standard error: (positives, negatives) scored twice, rows in one order.
-
-    DeLong, DeLong and Clarke-Pearson 1988.  With V_i the share of negatives that positive i outranks, W_j the share of
-    positives that outrank negative j, and differences taken row by row: error^2 = var(dV) / p + var(dW) / n.
-    Raises ValueError where the rows differ in number, or are fewer than two of a kind.
-    """
-    import numpy as np
-
-    sizes = [len(kind) for kind in a]
-    if sizes != [len(kind) for kind in b] or min(sizes) < 2:
-        raise ValueError("got rows that differ in number or are fewer than two of a kind, expected the same rows twice")
-    placed = [_placements(*scores) for scores in (a, b)]
-    outranks, outranked = (np.subtract(placed[0][i], placed[1][i]) for i in (0, 1))
-    variance = outranks.var(ddof=1) / sizes[0] + outranked.var(ddof=1) / sizes[1]
-    return float(outranks.mean()), math.sqrt(variance)
-
-
-def _placements(positive: Sequence[float], negative: Sequence[float]) -> tuple[Any, Any]:
-    """For each positive the share of negatives below it, for each negative that of positives above it; ties half."""
-    from scipy.stats import rankdata
-
-    size, joint = len(positive), rankdata([*positive, *negative], nan_policy="raise")
-    own = rankdata(positive), rankdata(negative)
-    return (joint[:size] - own[0]) / len(negative), 1 - (joint[size:] - own[1]) / size
-
-
-def rank_correlation(a: Mapping[str, float], b: Mapping[str, float]) -> float:
-    """Spearman's correlation of two rankings of the same rows, by id; NaN where one of them tells no rows apart.
-
-    Infinite scores have their place in the order.  Raises ValueError where the ids differ or a score is NaN.
-    """
-    import numpy as np
-    from scipy.stats import rankdata
-
-    if a.keys() != b.keys() or len(a) < 2:
-        raise ValueError(f"got rankings of {len(a)} and {len(b)} rows, expected the same rows, two or more")
-    ranks = [rankdata([scores[name] for name in a], nan_policy="raise") for scores in (a, b)]
-    if any(np.ptp(each) == 0 for each in ranks):
-        return float("nan")
-    return float(np.corrcoef(ranks)[0, 1])
-
-
 def holm(p_values: Sequence[float]) -> list[float]:
     """Adjusted p-values for a family of tests, in their order (Holm 1979, step-down): compare them with the level.
 
@@ -234,7 +141,7 @@ def clustered_interval(clusters: Sequence[Sequence[float]], level: float = 0.95)
 
     (nan, nan) for a single cluster.  Raises ValueError for no clusters or an empty one.
     """
-    _check_level(level)
+    check_level(level)
     if not clusters or not all(clusters):
         raise ValueError("got no clusters or an empty one, expected at least one value in each")
     if len(clusters) == 1:
@@ -268,7 +175,7 @@ class Mean(NamedTuple):
 
     def interval(self, level: float = 0.95) -> Interval:
         """Student's t interval; a point where the error is zero."""
-        _check_level(level)
+        check_level(level)
         from scipy.special import stdtrit
 
         half = self.error * float(stdtrit(self.freedom, (1 + level) / 2)) if self.error else 0.0
@@ -284,7 +191,7 @@ class Mean(NamedTuple):
 
     def detectable(self, level: float = 0.95, power: float = 0.8) -> float:
         """The smallest true mean that the t test at `level` finds with `power`; nan for an error of zero or nan."""
-        _check_level(level)
+        check_level(level)
         if not 1 - level < power < 1:
             raise ValueError(f"power is {power}, expected a number between 1 - level and 1 such as 0.8")
         if not self.error > 0:
@@ -344,7 +251,7 @@ def paired_share_interval(only_a: float, only_b: float, n: int, level: float = 0
     `only_a` prompts count for the first arm alone, `only_b` for the second alone.  Unlike a bootstrap it does not
     shrink to a point where no prompt is discordant.  Raises ValueError for impossible counts.
     """
-    _check_level(level)
+    check_level(level)
     if n < 1 or min(only_a, only_b) < 0 or only_a + only_b > n:
         raise ValueError(f"got {only_a} and {only_b} discordant of {n}, expected counts that add up to at most n >= 1")
     from scipy.optimize import brentq
@@ -363,6 +270,17 @@ def paired_share_interval(only_a: float, only_b: float, n: int, level: float = 0
         1.0 if value >= edge else brentq(lambda shift: score(shift) + z, value, edge, xtol=1e-14),
     ]
     return Interval(float(ends[0]), float(ends[1]))
+
+
+def newcombe(a: int, n: int, b: int, m: int, level: float = 0.95) -> Interval:
+    """Interval for a / n - b / m, two shares of independent samples (Newcombe 1998, method 10, from Wilson's).
+
+    Where both were taken on the same rows it is somewhat too wide: `paired_share_interval` uses what the pairs know.
+    """
+    p, q, first, second = a / n, b / m, wilson(a, n, level), wilson(b, m, level)
+    below = math.hypot(p - first.low, second.high - q)
+    above = math.hypot(first.high - p, q - second.low)
+    return Interval(p - q - below, p - q + above)
 
 
 def clustered_mcnemar(differences: Sequence[int]) -> float:
@@ -389,7 +307,7 @@ def clustered_mcnemar(differences: Sequence[int]) -> float:
 
 def fewest_discordant(level: float = 0.95) -> int:
     """How many prompts must change, all one way, before McNemar's exact test can tell two arms apart at all."""
-    _check_level(level)
+    check_level(level)
     return max(1, math.ceil(1 - math.log2(1 - level)))
 
 
@@ -398,7 +316,7 @@ def cohen_kappa(a: Sequence[object], b: Sequence[object], level: float = 0.95) -
 
     kappa = (p_o - p_e) / (1 - p_e); nan where both give one and the same label throughout.
     """
-    _check_level(level)
+    check_level(level)
     if len(a) != len(b) or not a:
         raise ValueError(f"got {len(a)} and {len(b)} verdicts, expected the same items, at least one, on both sides")
     n, labels = len(a), list(dict.fromkeys([*a, *b]))
